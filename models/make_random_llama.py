@@ -1,0 +1,92 @@
+"""Make the bundled model: a small Llama with random weights, a tokenizer, a chat template.
+
+    python models/make_random_llama.py FOLDER
+
+It knows nothing, but it is a whole model: vLLM serves it and transformers loads it. Its
+weights are drawn wide, so that attention is peaked and a wrong key shows in the output.
+Its head profile is made by hand: one KV head in four, spread over the layers.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from razor_vllm.profile import FILE_NAME, HeadProfile
+
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 4, 8, 4, 32
+MAX_POSITIONS = 32768
+SPECIAL = ("<bos>", "<eos>", "<user>", "<assistant>", "<system>")
+CHAT_TEMPLATE = (
+    "{{ '<bos>' }}{% for message in messages %}"
+    "{{ '<' + message['role'] + '>' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, and the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<eos>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def make_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
+    """Random weights, the same for the same seed."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=NUM_HEADS * HEAD_SIZE,
+        intermediate_size=512,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        head_dim=HEAD_SIZE,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_theta=500000.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.08,
+        dtype="float32",
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_profile() -> HeadProfile:
+    """One KV head a layer, another in each layer."""
+    return HeadProfile(
+        num_layers=NUM_LAYERS,
+        num_kv_heads=NUM_KV_HEADS,
+        head_size=HEAD_SIZE,
+        retrieval_heads=tuple((layer % NUM_KV_HEADS,) for layer in range(NUM_LAYERS)),
+        made_by={"method": "by hand: the model is random, no head retrieves"},
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer), args.seed).save_pretrained(args.folder)
+    tokenizer.save_pretrained(args.folder)
+    (args.folder / FILE_NAME).write_text(make_profile().to_json(), encoding="utf-8")
+    print(f"made {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

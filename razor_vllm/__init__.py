@@ -1,0 +1,16 @@
+"""RazorAttention for vLLM: memory per KV head, by a plugin.
+
+vLLM calls `register` in every process it starts (entry point
+`vllm.general_plugins`). It adds the command-line flags and stands by; nothing else
+of vLLM is touched until an engine asks for the policy with `--kv-policy razor` or
+`additional_config={"razor": {...}}`.
+"""
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`; may be called more than once."""
+    from razor_vllm import compat
+
+    compat.install()

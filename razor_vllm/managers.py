@@ -1,0 +1,299 @@
+"""Who holds which page: vLLM's block managers of the two pools.
+
+A local request past its dense part, with its next query in page p, holds
+
+    pages                              why
+    [0, sink pages)                    sinks
+    first(p) - 1                       its tail is the compensation slot
+    [first(p), p]                      window
+
+and the manager frees the rest; nothing is copied. A page is cached, and a cached
+page reused, only where a miss would compute the same values:
+
+    mode        cached                    a hit needs, of local pages
+    exact       pages below dense_until   all of them (its tokens are attended densely)
+    windowed    all pages                 sinks, the tail page and the window
+"""
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.request import Request
+
+from razor_kernels import DENSE_FOREVER
+from razor_vllm.policy import dense_until
+from razor_vllm.specs import LocalSpec, RetrievalSpec
+
+
+class Lookup(NamedTuple):
+    """Whose prefix is looked up: vLLM's look-up itself is not told the request."""
+
+    dense_until: int
+
+
+current_lookup: ContextVar[Lookup | None] = ContextVar("razor_lookup", default=None)
+
+
+def admitted_lookup() -> Lookup:
+    """The look-up under way."""
+    lookup = current_lookup.get()
+    assert lookup is not None, "a prefix is looked up for a request that was not admitted"
+    return lookup
+
+
+class _RazorManager(SingleTypeKVCacheManager):
+    """What both pools' managers share: each request's `dense_until`."""
+
+    kv_cache_spec: RetrievalSpec | LocalSpec
+
+    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.dense_until: dict[str, int] = {}
+        from razor_vllm import compat
+
+        compat.install_engine_patches()
+
+    def admit(self, request: Request) -> Lookup:
+        """Note a request's `dense_until`; called before anything else is asked of it."""
+        sampling = request.sampling_params
+        until = dense_until(
+            self.kv_cache_spec.razor,
+            sampling.extra_args if sampling is not None else None,
+            request.num_prompt_tokens,
+        )
+        self.dense_until[request.request_id] = until
+        return Lookup(until)
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Cache full pages; in exact mode only those whose tokens were attended densely."""
+        if self.kv_cache_spec.razor.prefill == "exact":
+            num_tokens = min(num_tokens, self.dense_until[request.request_id])
+        SingleTypeKVCacheManager.cache_blocks(
+            self, request, num_tokens, replay_boundaries=replay_boundaries
+        )
+
+    @classmethod
+    def reachable_block_mask(cls, *args, **kwargs) -> list[bool] | None:
+        """Every cached page may serve a hit."""
+        return None
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self.dense_until.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    @classmethod
+    def _longest_run(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        block_size: int,
+        alignment_tokens: int,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Longest run of cached pages from the first, in whole alignments."""
+        hashes = resolve_block_hashes(
+            block_hashes, block_pool.hash_block_size, block_size
+        )
+        found: list[list[KVCacheBlock]] = []
+        for index in range(max_length // block_size):
+            cached = block_pool.get_cached_block(hashes[index], kv_cache_group_ids)
+            if cached is None:
+                break
+            found.append(cached)
+        length = len(found) * block_size
+        length -= length % alignment_tokens
+        found = found[: length // block_size]
+        return tuple(list(group) for group in zip(*found, strict=True)) or tuple(
+            [] for _ in kv_cache_group_ids
+        ), length
+
+
+def _hit_limit(spec: RetrievalSpec | LocalSpec, max_length: int) -> int:
+    """Longest prefix, in tokens, that the request looked up for may reuse."""
+    if spec.razor.prefill == "exact":
+        return min(max_length, admitted_lookup().dense_until)
+    return max_length
+
+
+class RetrievalManager(_RazorManager, FullAttentionManager):
+    """Growing pages of the retrieval pool."""
+
+    supports_fine_grained_hash_lookup = False
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        assert isinstance(kv_cache_spec, RetrievalSpec)
+        return cls._longest_run(
+            block_hashes,
+            _hit_limit(kv_cache_spec, max_length),
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec.block_size,
+            alignment_tokens,
+        )
+
+
+class LocalManager(_RazorManager, SlidingWindowManager):
+    """Sinks, one tail page and a ring of window pages of the local pool."""
+
+    kv_cache_spec: LocalSpec
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free the pages between the sinks and the window of the next query."""
+        until = self.dense_until.get(request_id, DENSE_FOREVER)
+        if processed_computed_tokens < until:
+            return
+        window = self.kv_cache_spec.window
+        kept = window.first_kept_page(processed_computed_tokens)
+        self._remove_blocks_in_range(request_id, window.sink_pages, kept)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Free pages that a request needs to grow to `num_tokens`.
+
+        Cached pages that it reuses count too where they lie in the free queue.
+        """
+        required = -(-num_tokens // self.block_size)
+        cap = self.max_admission_blocks_per_request
+        if apply_admission_cap and cap is not None:
+            required = min(required, cap)
+            reused = sum(not block.is_null for block in new_computed_blocks)
+        else:
+            reused = len(new_computed_blocks)
+        held = len(self.req_to_blocks.get(request_id, ()))
+        return max(required - reused - held, 0) + self._get_num_evictable_blocks(
+            new_computed_blocks
+        )
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Take a hit's pages; the ones it does without are null already."""
+        assert num_external_computed_tokens == 0, "KV connectors are refused at start-up"
+        blocks = self.req_to_blocks[request_id]
+        assert not blocks, "a prefix hit for a request that holds pages"
+        self.block_pool.touch([b for b in new_computed_blocks if not b.is_null])
+        blocks.extend(new_computed_blocks)
+        self.num_cached_block[request_id] = len(blocks)
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """Never a prefix: sinks stay. See `remove_skipped_blocks`."""
+        return 0
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        assert isinstance(kv_cache_spec, LocalSpec)
+        lookup = admitted_lookup()
+        limit = _hit_limit(kv_cache_spec, max_length)
+        if lookup.dense_until > 0:
+            return cls._longest_run(
+                block_hashes,
+                limit,
+                kv_cache_group_ids,
+                block_pool,
+                kv_cache_spec.block_size,
+                alignment_tokens,
+            )
+        return cls._longest_windowed_hit(
+            block_hashes,
+            limit,
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            alignment_tokens,
+        )
+
+    @classmethod
+    def _longest_windowed_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        spec: LocalSpec,
+        alignment_tokens: int,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Longest prefix whose sinks, tail page and window are all cached."""
+        size = spec.block_size
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
+
+        def cached(index: int) -> list[KVCacheBlock] | None:
+            return block_pool.get_cached_block(hashes[index], kv_cache_group_ids)
+
+        length = max_length - max_length % alignment_tokens
+        while length > 0:
+            num_pages = length // size
+            kept = spec.window.first_kept_page(length)
+            sinks = range(min(spec.window.sink_pages, kept, num_pages))
+            pages = [*sinks, *range(kept, num_pages)]
+            found = {}
+            # From the last: a missing page rules out every length that needs it.
+            for index in reversed(pages):
+                blocks = cached(index)
+                if blocks is None:
+                    break
+                found[index] = blocks
+            else:
+                null = [block_pool.null_block] * len(kv_cache_group_ids)
+                rows = [found.get(index, null) for index in range(num_pages)]
+                groups = tuple(list(group) for group in zip(*rows, strict=True))
+                return groups, length
+            length -= alignment_tokens
+        return tuple([] for _ in kv_cache_group_ids), 0

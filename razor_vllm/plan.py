@@ -1,0 +1,200 @@
+"""From a model and a profile to two pools: slots, page sizes, bytes.
+
+A *slot* is one KV head of one layer on the H axis of its pool. Layer-major order
+keeps one layer's slots of a pool contiguous:
+
+    retrieval pool   | layer 0: head 2 | layer 1: heads 0, 3 | layer 2: - | ...
+    local pool       | layer 0: heads 0, 1, 3 | layer 1: heads 1, 2 | ...
+
+Both pools draw pages from one block pool, so their pages have equal bytes; tokens
+a page are chosen so that they nearly do by themselves, and the rest is padding.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from razor_kernels import PageLayout, Window
+from razor_vllm.config import RazorConfig
+from razor_vllm.profile import HeadProfile
+
+RETRIEVAL_POOL = "razor.layers.0.retrieval"
+LOCAL_POOL = "razor.layers.1.local"
+
+_LOCAL_BLOCK_SIZES = (32, 48, 64, 96, 128)
+_BLOCK_STEP = 16
+_MAX_HIT_TOKENS = 256
+"""Longest common multiple of the two page lengths that is preferred: prefix-cache
+hits come in it."""
+
+
+class LayerSlots(NamedTuple):
+    """KV heads of one layer and where they live.
+
+    heads: KV heads in slot order. start: first slot in the pool.
+    """
+
+    heads: tuple[int, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.heads)
+
+
+class PoolSizes(NamedTuple):
+    """Tokens a page of each pool."""
+
+    retrieval: int
+    local: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Two pools of one rank, and what a request costs in them.
+
+    Args:
+        config: of the policy.
+        profile: of the heads.
+        dtype: of stored K and V.
+        blocks: tokens a page of each pool.
+    """
+
+    config: RazorConfig
+    profile: HeadProfile
+    dtype: torch.dtype
+    blocks: PoolSizes
+
+    @property
+    def num_retrieval_slots(self) -> int:
+        return self.profile.num_retrieval_heads
+
+    @property
+    def num_local_slots(self) -> int:
+        return self.profile.num_heads - self.profile.num_retrieval_heads
+
+    @property
+    def window(self) -> Window:
+        config = self.config
+        return Window(config.sinks, config.window, config.window_ratio, self.blocks.local)
+
+    @property
+    def retrieval_layout(self) -> PageLayout:
+        return PageLayout(
+            self.blocks.retrieval, self.profile.head_size, self.dtype, has_tail=False
+        )
+
+    @property
+    def local_layout(self) -> PageLayout:
+        return PageLayout(
+            self.blocks.local, self.profile.head_size, self.dtype, has_tail=True
+        )
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of either pool, padding included."""
+        return max(
+            self.retrieval_layout.page_bytes(self.num_retrieval_slots),
+            self.local_layout.page_bytes(self.num_local_slots),
+        )
+
+    def retrieval_slots(self, layer: int) -> LayerSlots:
+        heads = self.profile.retrieval_heads
+        return LayerSlots(heads[layer], sum(len(row) for row in heads[:layer]))
+
+    def local_slots(self, layer: int) -> LayerSlots:
+        before = layer * self.profile.num_kv_heads - self.retrieval_slots(layer).start
+        return LayerSlots(self.profile.local_heads(layer), before)
+
+    def retrieval_pages(self, num_tokens: int) -> int:
+        """Pages of the retrieval pool that a request of `num_tokens` holds."""
+        return -(-num_tokens // self.blocks.retrieval) if self.num_retrieval_slots else 0
+
+    def local_pages(self, num_tokens: int, dense_until: int = 0) -> int:
+        """Pages of the local pool that a request holds while computing its last token."""
+        if not self.num_local_slots:
+            return 0
+        if num_tokens <= dense_until:
+            return -(-num_tokens // self.blocks.local)
+        return self.window.num_held_pages(num_tokens)
+
+    def request_pages(self, num_tokens: int, dense_until: int = 0) -> int:
+        """Pages of both pools that a request holds while computing its last token.
+
+        Args:
+            num_tokens: tokens so far, the one being computed included.
+            dense_until: of the request; 0 for a decoding one.
+        """
+        return self.retrieval_pages(num_tokens) + self.local_pages(
+            num_tokens, dense_until
+        )
+
+    def request_bytes(self, num_tokens: int, dense_until: int = 0) -> int:
+        """`request_pages` in bytes of KV memory."""
+        return self.request_pages(num_tokens, dense_until) * self.page_bytes
+
+    def padding_share(self) -> tuple[float, float]:
+        """Share of a retrieval and of a local page that is padding."""
+        retrieval = self.retrieval_layout.page_bytes(self.num_retrieval_slots)
+        local = self.local_layout.page_bytes(self.num_local_slots)
+        total = self.page_bytes
+        return 1 - retrieval / total, 1 - local / total
+
+
+def full_request_bytes(plan: MemoryPlan, num_tokens: int, block_size: int) -> int:
+    """Bytes that stock vLLM holds for a request of `num_tokens` tokens.
+
+    Args:
+        block_size: tokens a page of stock vLLM.
+    """
+    layout = PageLayout(block_size, plan.profile.head_size, plan.dtype, has_tail=False)
+    return -(-num_tokens // block_size) * layout.page_bytes(plan.profile.num_heads)
+
+
+def plan_memory(
+    config: RazorConfig,
+    profile: HeadProfile,
+    dtype: torch.dtype,
+    max_model_len: int,
+    block_size: int,
+) -> MemoryPlan:
+    """Choose tokens a page so that requests cost least.
+
+    Args:
+        max_model_len: tokens; requests of 1/8 to all of it are weighed.
+        block_size: vLLM's, used where there is one pool only and nothing to match.
+
+    Raises:
+        ValueError: no retrieval head, and the config does not allow it.
+    """
+    if profile.num_retrieval_heads == 0 and not config.allow_no_retrieval_heads:
+        raise ValueError(
+            "razor: the head profile names no retrieval head; at least one is needed"
+        )
+    if profile.num_retrieval_heads in (0, profile.num_heads):
+        return MemoryPlan(config, profile, dtype, PoolSizes(block_size, block_size))
+    plans = [
+        MemoryPlan(config, profile, dtype, PoolSizes(retrieval, local))
+        for local in _LOCAL_BLOCK_SIZES
+        for retrieval in _matching_blocks(profile, dtype, local)
+    ]
+    return min(plans, key=lambda plan: _cost(plan, max_model_len))
+
+
+def _matching_blocks(
+    profile: HeadProfile, dtype: torch.dtype, local: int
+) -> tuple[int, int]:
+    """Multiples of 16 tokens whose retrieval page is just below, just above a local one."""
+    rows = PageLayout(local, profile.head_size, dtype, has_tail=True).rows
+    local_heads = profile.num_heads - profile.num_retrieval_heads
+    exact = rows * local_heads / profile.num_retrieval_heads
+    below = max(math.floor(exact / _BLOCK_STEP), 1) * _BLOCK_STEP
+    return below, below + _BLOCK_STEP
+
+
+def _cost(plan: MemoryPlan, max_model_len: int) -> tuple[bool, float]:
+    lengths = [max(max_model_len // part, 1) for part in (8, 4, 2, 1)]
+    mean = sum(plan.request_bytes(n) / n for n in lengths) / len(lengths)
+    return math.lcm(*plan.blocks) > _MAX_HIT_TOKENS, mean

@@ -1,0 +1,167 @@
+"""The two cache "layers" that vLLM sees, and their attachment to a loaded model.
+
+vLLM gives memory to layers. All retrieval heads of a rank share one cache layer and
+all local heads another; the model's own attention layers are told that they share
+the first one's cache, so that vLLM gives them none. A request then has two block
+tables, whatever the head map looks like.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionBackend, AttentionType
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from razor_kernels import PageLayout
+from razor_vllm import compat
+from razor_vllm.config import config_of
+from razor_vllm.plan import LOCAL_POOL, RETRIEVAL_POOL, LayerSlots, MemoryPlan, plan_memory
+from razor_vllm.profile import locate_profile, read_profile
+from razor_vllm.specs import pool_specs, register_specs
+from razor_vllm.support import check_layers
+
+
+class Pool(nn.Module, AttentionLayerBase):
+    """A cache layer: pages of one kind of head, no weights, no forward.
+
+    Args:
+        name: in vLLM's forward context.
+        retrieval: whether its heads are retrieval heads.
+        num_heads: query heads of the model's layers; equal, so that vLLM builds one
+            metadata object for them all.
+        backend: that of the model's layers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        retrieval: bool,
+        num_heads: int,
+        backend: type[AttentionBackend],
+        attached: "Attachment",
+    ) -> None:
+        super().__init__()
+        self.layer_name = name
+        self.retrieval = retrieval
+        self.num_heads = num_heads
+        self.attn_type = AttentionType.DECODER
+        self.attn_backend = backend
+        self.attached = attached
+        self.kv_cache = torch.tensor([])
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return self.attn_backend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        retrieval, local = pool_specs(self.attached.plan(vllm_config))
+        return retrieval if self.retrieval else local
+
+
+class LayerPools(NamedTuple):
+    """One layer's heads in both pools.
+
+    heads: int64 KV heads in slot order. slots: where they live. name, layout: of the pool.
+    """
+
+    name: str
+    layout: PageLayout
+    slots: LayerSlots
+    heads: torch.Tensor
+
+
+class Attachment:
+    """What a worker knows of its pools: the plan, and each layer's heads.
+
+    Args:
+        num_layers, num_kv_heads, head_size, dtype: of the loaded model.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, layers: dict[str, Attention]) -> None:
+        config = config_of(vllm_config.additional_config)
+        assert config is not None, "the policy was not asked for"
+        first = next(iter(layers.values()))
+        self.config = config
+        self.dtype = first.kv_cache_torch_dtype
+        self.profile = read_profile(
+            locate_profile(config.head_profile, vllm_config.model_config.model)
+        )
+        self.profile.check_model(len(layers), first.num_kv_heads, first.head_size)
+        self.layer_index = {
+            name: index
+            for index, name in enumerate(sorted(layers, key=extract_layer_index))
+        }
+
+    def plan(self, vllm_config: VllmConfig) -> MemoryPlan:
+        """The plan; vLLM settles its block size only after the model is loaded."""
+        return plan_memory(
+            self.config,
+            self.profile,
+            self.dtype,
+            vllm_config.model_config.max_model_len,
+            vllm_config.cache_config.block_size,
+        )
+
+    def layer_pools(self, plan: MemoryPlan, layer_name: str) -> tuple[LayerPools, ...]:
+        """Pools that hold heads of a layer."""
+        layer = self.layer_index[layer_name]
+        both = (
+            (RETRIEVAL_POOL, plan.retrieval_layout, plan.retrieval_slots(layer)),
+            (LOCAL_POOL, plan.local_layout, plan.local_slots(layer)),
+        )
+        return tuple(
+            LayerPools(name, layout, slots, torch.tensor(slots.heads))
+            for name, layout, slots in both
+            if slots.heads
+        )
+
+
+def attach(vllm_config: VllmConfig) -> None:
+    """Give a loaded model its pools; the second call and later ones do nothing.
+
+    Raises:
+        ValueError: the profile is missing, unreadable or of another model.
+        NotImplementedError: a layer of a kind that is not covered.
+    """
+    context = vllm_config.compilation_config.static_forward_context
+    if RETRIEVAL_POOL in context or LOCAL_POOL in context:
+        return
+    compat.install_worker_patches(vllm_config.use_v2_model_runner)
+    register_specs()
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    check_layers(vllm_config, layers)
+    attached = Attachment(vllm_config, layers)
+    plan = attached.plan(vllm_config)
+    first = next(iter(layers.values()))
+    names = []
+    for name, retrieval, num_slots in (
+        (RETRIEVAL_POOL, True, plan.num_retrieval_slots),
+        (LOCAL_POOL, False, plan.num_local_slots),
+    ):
+        if num_slots:
+            pool = Pool(name, retrieval, first.num_heads, first.attn_backend, attached)
+            context[name] = pool
+            names.append(name)
+    for layer in layers.values():
+        layer.kv_sharing_target_layer_name = names[0]
+        layer.impl.kv_sharing_target_layer_name = names[0]
+
+
+def attachment_of(vllm_config: VllmConfig) -> Attachment:
+    """The attachment made by `attach`.
+
+    Raises:
+        RuntimeError: `attach` did not run in this process.
+    """
+    context = vllm_config.compilation_config.static_forward_context
+    for name in (RETRIEVAL_POOL, LOCAL_POOL):
+        if name in context:
+            return context[name].attached
+    raise RuntimeError(
+        "razor: the policy did not attach to the model: expected the cache layers "
+        f"{RETRIEVAL_POOL} and {LOCAL_POOL}, found neither"
+    )

@@ -1,0 +1,222 @@
+"""The head profile: which KV heads of a model retrieve, and how that was found.
+
+`razor_profile.json` is plain JSON:
+
+    {"format": "razor-head-profile", "version": 1,
+     "model": {"num_layers": 4, "num_kv_heads": 4, "head_size": 32},
+     "retrieval_heads": [[0], [], [1, 3], []],       KV heads, a list a layer
+     "scores": {"induction": [[0.9, ...], ...]},     a row a layer, a column a KV head
+     "made_by": {"method": "..."}}
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "razor_profile.json"
+FORMAT = "razor-head-profile"
+VERSION = 1
+MAX_BYTES = 16 * 1024 * 1024
+_KEYS = {"format", "version", "model", "retrieval_heads", "scores", "made_by"}
+_MODEL_KEYS = ("num_layers", "num_kv_heads", "head_size")
+
+
+@dataclass(frozen=True)
+class HeadProfile:
+    """Choice of retrieval heads for one model.
+
+    Args:
+        num_layers, num_kv_heads, head_size: fingerprint of the model.
+        retrieval_heads: sorted KV heads, a tuple a layer.
+        scores: name to rows of layers by columns of KV heads, all finite and >= 0.
+        made_by: how the profile was found; free of form.
+
+    Raises:
+        ValueError: a shape, a head or a score that does not fit.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    retrieval_heads: tuple[tuple[int, ...], ...]
+    scores: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in _MODEL_KEYS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; accepted are whole numbers >= 1")
+        if len(self.retrieval_heads) != self.num_layers:
+            raise ValueError(
+                f"retrieval_heads has {len(self.retrieval_heads)} layers, "
+                f"the model has {self.num_layers}"
+            )
+        for layer, heads in enumerate(self.retrieval_heads):
+            self._check_heads(layer, heads)
+        for name, rows in self.scores.items():
+            self._check_scores(name, rows)
+
+    def _check_heads(self, layer: int, heads: tuple[int, ...]) -> None:
+        for head in heads:
+            if isinstance(head, bool) or not isinstance(head, int):
+                raise ValueError(f"layer {layer}: head {head!r} is not a whole number")
+            if not 0 <= head < self.num_kv_heads:
+                raise ValueError(
+                    f"layer {layer}: head {head} is outside 0..{self.num_kv_heads - 1}"
+                )
+        if list(heads) != sorted(set(heads)):
+            raise ValueError(f"layer {layer}: heads {list(heads)} are not sorted and unique")
+
+    def _check_scores(self, name: str, rows: tuple[tuple[float, ...], ...]) -> None:
+        if len(rows) != self.num_layers or any(
+            len(row) != self.num_kv_heads for row in rows
+        ):
+            raise ValueError(
+                f"scores {name!r} are not {self.num_layers} rows of {self.num_kv_heads}"
+            )
+        for layer, row in enumerate(rows):
+            for value in row:
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise ValueError(f"scores {name!r}, layer {layer}: {value!r}")
+                if not math.isfinite(value) or value < 0:
+                    raise ValueError(
+                        f"scores {name!r}, layer {layer}: {value!r} is not finite and >= 0"
+                    )
+
+    @property
+    def num_retrieval_heads(self) -> int:
+        return sum(len(heads) for heads in self.retrieval_heads)
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of the whole model."""
+        return self.num_layers * self.num_kv_heads
+
+    def local_heads(self, layer: int) -> tuple[int, ...]:
+        """KV heads of a layer that are not retrieval heads."""
+        chosen = set(self.retrieval_heads[layer])
+        return tuple(h for h in range(self.num_kv_heads) if h not in chosen)
+
+    def check_model(self, num_layers: int, num_kv_heads: int, head_size: int) -> None:
+        """Refuse a profile of another model.
+
+        Raises:
+            ValueError: layers, KV heads or head size differ.
+        """
+        found = (self.num_layers, self.num_kv_heads, self.head_size)
+        expected = (num_layers, num_kv_heads, head_size)
+        if found != expected:
+            raise ValueError(
+                "razor: the head profile is for a model of {} layers, {} KV heads and "
+                "head size {}; this model has {}, {} and {}".format(*found, *expected)
+            )
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "model": {name: getattr(self, name) for name in _MODEL_KEYS},
+                "retrieval_heads": self.retrieval_heads,
+                "scores": self.scores,
+                "made_by": self.made_by,
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "HeadProfile":
+        """Parse and check a profile.
+
+        Raises:
+            ValueError: not JSON, another format or version, or contents that do not fit.
+        """
+        try:
+            data = json.loads(text, parse_constant=_refuse_constant)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        if not isinstance(data, dict):
+            raise ValueError("not an object")
+        if data.get("format") != FORMAT:
+            raise ValueError(f"format is {data.get('format')!r}; accepted is {FORMAT!r}")
+        if data.get("version") != VERSION or isinstance(data["version"], bool):
+            raise ValueError(f"version is {data.get('version')!r}; accepted is {VERSION}")
+        unknown = sorted(data.keys() - _KEYS)
+        if unknown:
+            raise ValueError(f"unknown keys {', '.join(unknown)}")
+        model = _object(data, "model")
+        missing = [name for name in _MODEL_KEYS if name not in model]
+        if missing:
+            raise ValueError(f"model lacks {', '.join(missing)}")
+        return cls(
+            **{name: model[name] for name in _MODEL_KEYS},
+            retrieval_heads=_rows(data, "retrieval_heads"),
+            scores={
+                name: _rows(_object(data, "scores"), name)
+                for name in data.get("scores", {})
+            },
+            made_by=_object(data, "made_by"),
+        )
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number that a profile may hold")
+
+
+def _object(data: dict[str, Any], key: str) -> dict[str, Any]:
+    value = data.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is not an object")
+    return value
+
+
+def _rows(data: dict[str, Any], key: str) -> tuple[tuple[Any, ...], ...]:
+    rows = data.get(key)
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise ValueError(f"{key} is not a list of lists")
+    return tuple(tuple(row) for row in rows)
+
+
+def read_profile(path: str | os.PathLike[str]) -> HeadProfile:
+    """Read and check a head profile.
+
+    Raises:
+        ValueError: the file is missing, unreadable, over 16 MB or does not fit.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(
+            f"razor: cannot read head profile {path}: {error.strerror}"
+        ) from error
+    if len(raw) > MAX_BYTES:
+        raise ValueError(
+            f"razor: head profile {path} is over {MAX_BYTES // 1024**2} MB"
+        )
+    try:
+        return HeadProfile.from_json(raw.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"razor: head profile {path}: {error}") from error
+
+
+def locate_profile(head_profile: str | None, model: str) -> Path:
+    """Path of the profile to use: the one given, or the one beside the weights.
+
+    Raises:
+        ValueError: none was given and there is none beside the weights.
+    """
+    if head_profile is not None:
+        return Path(head_profile)
+    beside = Path(model) / FILE_NAME
+    if beside.is_file():
+        return beside
+    raise ValueError(
+        f"razor: no head profile: {beside} does not exist. Name one with "
+        '--razor-head-profile PATH, or additional_config={"razor": {"head_profile": PATH}}'
+    )

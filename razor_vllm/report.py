@@ -1,0 +1,141 @@
+"""What the policy holds and saves, in lines that a person can act on."""
+
+from typing import NamedTuple
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+from razor_vllm.config import config_of
+from razor_vllm.plan import MemoryPlan, PoolSizes, full_request_bytes
+from razor_vllm.profile import locate_profile, read_profile
+from razor_vllm.specs import LocalSpec, RetrievalSpec, register_specs
+
+logger = init_logger("vllm.razor")
+
+_REPORT_LENGTHS = (4096, 32768)
+
+
+class RequestMemory(NamedTuple):
+    """KV memory of one decoding request.
+
+    num_tokens: of the request. held, full: bytes under the policy and under stock vLLM.
+    fit, fit_full: such requests that the engine's KV memory holds at a time.
+    prefill: bytes that the request holds when its prefill ends.
+    """
+
+    num_tokens: int
+    held: int
+    full: int
+    fit: int
+    fit_full: int
+    prefill: int
+
+
+def check_attached(kv_cache_specs: list[dict[str, KVCacheSpec]]) -> None:
+    """Stop an engine whose workers report caches that are not ours.
+
+    Raises:
+        RuntimeError: naming what was found.
+    """
+    register_specs()
+    for specs in kv_cache_specs:
+        foreign = {
+            name: type(spec).__name__
+            for name, spec in specs.items()
+            if not isinstance(spec, RetrievalSpec | LocalSpec)
+        }
+        if foreign or not specs:
+            raise RuntimeError(
+                "razor: the policy did not attach to the model: expected only razor's "
+                f"pools among the KV caches, found {foreign or 'none'}. Is the plugin "
+                "'razor' loaded in every process (VLLM_PLUGINS)?"
+            )
+
+
+def plan_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> MemoryPlan:
+    """The plan that an engine's pools follow."""
+    config = config_of(vllm_config.additional_config)
+    assert config is not None, "the policy was not asked for"
+    profile = read_profile(
+        locate_profile(config.head_profile, vllm_config.model_config.model)
+    )
+    sizes = {}
+    for group in kv_cache_config.kv_cache_groups:
+        sizes[type(group.kv_cache_spec)] = group.kv_cache_spec.block_size
+        dtype = group.kv_cache_spec.dtype
+    any_size = next(iter(sizes.values()))
+    blocks = PoolSizes(
+        sizes.get(RetrievalSpec, any_size), sizes.get(LocalSpec, any_size)
+    )
+    return MemoryPlan(config, profile, dtype, blocks)
+
+
+def request_memory(
+    plan: MemoryPlan, num_tokens: int, num_blocks: int, full_block_size: int
+) -> RequestMemory:
+    """KV memory of one decoding request, and how many fit.
+
+    Args:
+        num_blocks: pages of the engine's block pool; one is vLLM's null page.
+        full_block_size: tokens a page of stock vLLM.
+    """
+    full = full_request_bytes(plan, num_tokens, full_block_size)
+    total = (num_blocks - 1) * plan.page_bytes
+    until = num_tokens if plan.config.prefill == "exact" else 0
+    return RequestMemory(
+        num_tokens=num_tokens,
+        held=plan.request_bytes(num_tokens),
+        full=full,
+        fit=(num_blocks - 1) // plan.request_pages(num_tokens),
+        fit_full=total // full,
+        prefill=plan.request_bytes(num_tokens, dense_until=until),
+    )
+
+
+def report_lines(
+    plan: MemoryPlan, max_model_len: int, num_blocks: int, full_block_size: int
+) -> list[str]:
+    """The start-up report."""
+    config, profile = plan.config, plan.profile
+    padding = plan.padding_share()
+    window = f"{config.window} tokens"
+    if config.window_ratio:
+        window += f" or {config.window_ratio:g} of the position, whichever is more"
+    lines = [
+        f"KV policy razor: {profile.num_retrieval_heads} of {profile.num_heads} KV heads "
+        f"retrieve ({profile.num_retrieval_heads / profile.num_heads:.1%}), "
+        f"{config.prefill} prefill",
+        f"  local heads keep {config.sinks} sinks, a window of {window}"
+        + (" and a compensation slot" if config.compensation else ", NO compensation"),
+        f"  page: {plan.page_bytes:,} bytes = {plan.blocks.retrieval} tokens of "
+        f"{plan.num_retrieval_slots} retrieval heads ({padding[0]:.1%} padding) or "
+        f"{plan.blocks.local} tokens of {plan.num_local_slots} local heads "
+        f"({padding[1]:.1%} padding); {num_blocks - 1:,} pages",
+        "  tokens    bytes/request   of full   fit (full policy)",
+    ]
+    lengths = sorted({*(n for n in _REPORT_LENGTHS if n < max_model_len), max_model_len})
+    memories = [request_memory(plan, n, num_blocks, full_block_size) for n in lengths]
+    lines += [
+        f"  {m.num_tokens:>7,} {m.held:>15,} {m.held / m.full:>9.1%} {m.fit:>6,} ({m.fit_full:,})"
+        for m in memories
+    ]
+    if config.prefill == "exact":
+        last = memories[-1]
+        lines.append(
+            f"  exact prefill holds a whole prompt while it is read: {last.prefill:,} "
+            f"bytes for {last.num_tokens:,} tokens; --razor-prefill windowed bounds it"
+        )
+    return lines
+
+
+def log_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Print the start-up report to vLLM's log."""
+    lines = report_lines(
+        plan_of(vllm_config, kv_cache_config),
+        vllm_config.model_config.max_model_len,
+        kv_cache_config.num_blocks,
+        vllm_config.cache_config.block_size,
+    )
+    for line in lines:
+        logger.info("%s", line)

@@ -1,0 +1,106 @@
+"""What the two pools tell vLLM about their pages."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from razor_kernels import PageLayout, Window
+from razor_vllm.config import RazorConfig
+from razor_vllm.plan import MemoryPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSpec(FullAttentionSpec):
+    """Pages of all retrieval heads: vLLM's full attention, cached as the policy allows."""
+
+    razor: RazorConfig
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """One spec of a group; the group has one layer, so they are the same."""
+        assert all(spec == specs[0] for spec in specs), "retrieval pools differ"
+        return specs[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSpec(SlidingWindowSpec):
+    """Pages of all local heads: sinks, a window, a tail of running sums a page."""
+
+    razor: RazorConfig
+
+    @property
+    def window(self) -> Window:
+        razor = self.razor
+        return Window(razor.sinks, razor.window, razor.window_ratio, self.block_size)
+
+    @property
+    def layout(self) -> PageLayout:
+        return PageLayout(self.block_size, self.head_size, self.dtype, has_tail=True)
+
+    def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        """Rows of a slot in a page, the tail's included."""
+        assert kernel_block_size == self.block_size, "local pages are never split"
+        return self.layout.rows
+
+    def max_admission_blocks_per_request(
+        self, max_in_flight_tokens: int, max_model_len: int
+    ) -> int:
+        """Most pages that one request can hold at a time.
+
+        In exact mode a prompt may be as long as the model allows, and its pages stay
+        until its prefill ends.
+        """
+        whole = -(-max_model_len // self.block_size)
+        if self.razor.prefill == "exact":
+            return whole
+        held = self.window.max_held_pages(max_model_len)
+        in_flight = -(-max_in_flight_tokens // self.block_size)
+        return min(held + in_flight, whole)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        pages = self.max_admission_blocks_per_request(
+            vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
+        )
+        return pages * self.page_size_bytes
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict) -> bool:
+        return all(isinstance(spec, LocalSpec) for spec in kv_cache_specs.values())
+
+
+def pool_specs(plan: MemoryPlan) -> tuple[RetrievalSpec | None, LocalSpec | None]:
+    """Specs of the pools that have slots, with pages of equal bytes."""
+    head_size, dtype = plan.profile.head_size, plan.dtype
+    retrieval = local = None
+    if plan.num_retrieval_slots:
+        retrieval = RetrievalSpec(
+            block_size=plan.blocks.retrieval,
+            num_kv_heads=plan.num_retrieval_slots,
+            head_size=head_size,
+            dtype=dtype,
+            razor=plan.config,
+        )
+    if plan.num_local_slots:
+        local = LocalSpec(
+            block_size=plan.blocks.local,
+            num_kv_heads=plan.num_local_slots,
+            head_size=head_size,
+            dtype=dtype,
+            sliding_window=plan.config.window,
+            razor=plan.config,
+        )
+    if retrieval is not None and local is not None:
+        retrieval = replace(retrieval, page_size_padded=plan.page_bytes)
+        local = replace(local, page_size_padded=plan.page_bytes)
+    return retrieval, local
+
+
+def register_specs() -> None:
+    """Make vLLM know both specs and their managers; may be called more than once."""
+    from razor_vllm.managers import LocalManager, RetrievalManager
+
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(RetrievalSpec, RetrievalManager, FullAttentionSpec)
+    KVCacheSpecRegistry.register(LocalSpec, LocalManager, LocalSpec)

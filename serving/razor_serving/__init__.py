@@ -1,0 +1,1 @@
+"""The `razor` command and what it serves."""
