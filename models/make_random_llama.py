@@ -76,15 +76,20 @@ def make_profile() -> HeadProfile:
     )
 
 
+def save(folder: Path, seed: int = 0) -> None:
+    """Write model, tokenizer, chat template and head profile to a folder."""
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer), seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / FILE_NAME).write_text(make_profile().to_json(), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    tokenizer = make_tokenizer()
-    make_model(len(tokenizer), args.seed).save_pretrained(args.folder)
-    tokenizer.save_pretrained(args.folder)
-    (args.folder / FILE_NAME).write_text(make_profile().to_json(), encoding="utf-8")
+    save(args.folder, args.seed)
     print(f"made {args.folder}")
 
 

@@ -1,0 +1,22 @@
+"""Set-up of the whole suite: a small engine in this process, the bundled model."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, made by its script."""
+    import make_random_llama
+
+    folder = tmp_path_factory.mktemp("models") / "random-llama"
+    make_random_llama.save(folder)
+    return folder

@@ -1,0 +1,93 @@
+"""Real vLLM engines for tests, in this process, one at a time."""
+
+import contextlib
+import gc
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from make_random_llama import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS
+
+from razor_vllm.profile import HeadProfile
+
+MAX_LEN = 8192
+
+
+class Answer(NamedTuple):
+    """Greedy tokens of one request, and the log-probability of each."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@contextlib.contextmanager
+def engine(model: Path, razor: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+    """A `vllm.LLM` in float32; with the policy where `razor` gives its options."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    if razor is not None:
+        options["additional_config"] = {"razor": razor}
+    defaults = {"dtype": "float32", "max_model_len": MAX_LEN, "enforce_eager": True}
+    llm = LLM(str(model), disable_log_stats=True, **{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def prompts(lengths: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
+    """Prompts of random bytes; each begins with the model's first token."""
+    draw = random.Random(seed)
+    return [
+        {"prompt_token_ids": [0] + [draw.randrange(5, 261) for _ in range(n - 1)]}
+        for n in lengths
+    ]
+
+
+def answers(
+    llm: Any, requests: Sequence[Any], max_tokens: int = 24, **sampling: Any
+) -> list[Answer]:
+    """Greedy answers, all requests at once."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, **sampling
+    )
+    results = llm.generate(list(requests), params, use_tqdm=False)
+    outputs = [result.outputs[0] for result in results]
+    return [
+        Answer(
+            tuple(out.token_ids),
+            tuple(
+                step[token].logprob
+                for step, token in zip(out.logprobs, out.token_ids, strict=True)
+            ),
+        )
+        for out in outputs
+    ]
+
+
+def manager_of(llm: Any) -> Any:
+    """vLLM's KVCacheManager of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+
+
+def profile_file(folder: Path, retrieval_heads: Sequence[Sequence[int]]) -> str:
+    """A head profile of the bundled model with the given choice."""
+    profile = HeadProfile(
+        NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, tuple(tuple(row) for row in retrieval_heads)
+    )
+    name = "-".join("".join(map(str, row)) or "n" for row in retrieval_heads)
+    path = folder / f"profile-{name}.json"
+    path.write_text(profile.to_json(), encoding="utf-8")
+    return str(path)
+
+
+ALL_HEADS = [list(range(NUM_KV_HEADS))] * NUM_LAYERS
+NO_HEADS: list[list[int]] = [[]] * NUM_LAYERS
+SOME_HEADS = [[0, 3], [], [1], [0, 1, 2, 3]]
