@@ -77,6 +77,21 @@ def manager_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
 
 
+def counted_preemptions() -> list[int]:
+    """A list that gets, at each preemption from now on, the tokens generated so far."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    seen: list[int] = []
+    original = Scheduler._preempt_request
+
+    def counting(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(request.num_tokens - request.num_prompt_tokens)
+        return original(self, request, *args, **kwargs)
+
+    Scheduler._preempt_request = counting
+    return seen
+
+
 def profile_file(folder: Path, retrieval_heads: Sequence[Sequence[int]]) -> str:
     """A head profile of the bundled model with the given choice."""
     profile = HeadProfile(

@@ -10,6 +10,7 @@ from engines import (
     SOME_HEADS,
     Answer,
     answers,
+    counted_preemptions,
     engine,
     manager_of,
     profile_file,
@@ -104,27 +105,17 @@ def test_chunks_batches_and_cache_change_nothing(model_dir: Path, prefill: str) 
 
 
 @pytest.mark.parametrize("prefill", ["exact", "windowed"])
-def test_preemption_changes_nothing(model_dir: Path, prefill: str, monkeypatch) -> None:
+def test_preemption_changes_nothing(model_dir: Path, prefill: str) -> None:
     """Invariant 3: a pool too small for all requests preempts, and the tokens stay."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
     razor = {**WINDOW, "prefill": prefill}
     requests = prompts([300, 310, 320, 330, 340, 350], seed=5)
     with engine(model_dir, razor) as llm:
         want = answers(llm, requests, max_tokens=300)
-    preempted = []
-    original = Scheduler._preempt_request
-
-    def counting(self, request, *args, **kwargs):
-        preempted.append((request.request_id, request.num_tokens - request.num_prompt_tokens))
-        return original(self, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", counting)
+    preempted = counted_preemptions()
     with engine(model_dir, razor, max_model_len=700, num_gpu_blocks_override=48) as llm:
         assert_same(answers(llm, requests, max_tokens=300), want)
         assert_all_free(llm)
-    assert preempted
-    assert any(generated > 0 for _, generated in preempted)
+    assert any(generated > 0 for generated in preempted)
 
 
 @pytest.mark.parametrize("prefill", ["exact", "windowed"])

@@ -1,0 +1,85 @@
+"""The V2 model runner, the default on CUDA: the same tokens as the V1 runner's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import SOME_HEADS, answers, engine, profile_file, prompts
+
+pytestmark = pytest.mark.engine
+
+TESTS = Path(__file__).parents[1]
+LENGTHS = [1, 33, 96, 150]
+FULL = {"extra_args": {"kv_policy": "full"}}
+OPTIONS = {"max_model_len": 512, "max_num_batched_tokens": 64, "max_num_seqs": 4}
+
+
+def run_v2(model: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Answers of an engine on the V2 runner, from a process of its own."""
+    paths = [TESTS, TESTS.parent / "models", TESTS / "stubs" / "triton_cpu"]
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        # Skips a warm-up whose dummy logits upset the interpreted sampler.
+        "VLLM_CPU_CI_ENV": "1",
+    }
+    script = str(TESTS / "e2e" / "v2_answers.py")
+    command = [sys.executable, script, str(model), json.dumps(job)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert lines, done.stderr[-4000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+@pytest.mark.parametrize("prefill", ["exact", "windowed"])
+def test_v2_runner_answers_as_v1(model_dir: Path, tmp_path: Path, prefill: str) -> None:
+    """Cache misses, cache hits and opt-out requests, on both runners."""
+    razor = {
+        "head_profile": profile_file(tmp_path, SOME_HEADS),
+        "window": 32,
+        "prefill": prefill,
+    }
+    rounds: list[dict[str, Any]] = [{}, {}, FULL]
+    job = {
+        "razor": razor,
+        "options": OPTIONS,
+        "lengths": LENGTHS,
+        "max_tokens": 12,
+        "rounds": rounds,
+    }
+    result = run_v2(model_dir, job)
+    assert result["runner"] == "vllm.v1.worker.cpu.model_runner", "not the V2 runner"
+    assert result["free"]
+    with engine(model_dir, razor, **OPTIONS) as llm:
+        for got, sampling in zip(result["rounds"], rounds, strict=True):
+            want = answers(llm, prompts(LENGTHS), 12, **sampling)
+            assert [tokens for tokens, _ in got] == [list(a.tokens) for a in want]
+            for (_, logprobs), answer in zip(got, want, strict=True):
+                assert logprobs == pytest.approx(answer.logprobs, abs=2e-2)
+
+
+def test_v2_runner_survives_preemption(model_dir: Path) -> None:
+    """A pool too small for all: the V2 runner recomputes, and answers as V1 with room."""
+    razor = {"window": 32}
+    options = {**OPTIONS, "max_model_len": 200}
+    job = {
+        "razor": razor,
+        "options": {**options, "num_gpu_blocks_override": 14},
+        "lengths": [60, 70, 80],
+        "max_tokens": 60,
+        "rounds": [{}],
+    }
+    result = run_v2(model_dir, job)
+    assert result["free"]
+    assert result["preemptions"] > 0
+    with engine(model_dir, razor, **options) as llm:
+        want = answers(llm, prompts(job["lengths"]), job["max_tokens"])
+    got = result["rounds"][0]
+    assert [tokens for tokens, _ in got] == [list(answer.tokens) for answer in want]

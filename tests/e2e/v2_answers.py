@@ -1,0 +1,32 @@
+"""Run one engine on the V2 model runner, interpreted on a CPU, and print its answers.
+
+Started by test_v2_runner.py in a process of its own: what makes vLLM take Triton is
+read from the environment when vLLM is imported.
+
+    python v2_answers.py MODEL '{"razor": {...} or null, "lengths": [...], ...}'
+"""
+
+import json
+import sys
+
+from engines import answers, counted_preemptions, engine, manager_of, prompts
+
+
+def main() -> None:
+    model, job = sys.argv[1], json.loads(sys.argv[2])
+    preemptions = counted_preemptions()
+    with engine(model, job["razor"], **job["options"]) as llm:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        module = type(runner.model_runner).__module__
+        rounds = [
+            answers(llm, prompts(job["lengths"]), job["max_tokens"], **sampling)
+            for sampling in job["rounds"]
+        ]
+        pool = manager_of(llm).block_pool
+        free = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    print("RESULT " + json.dumps({"runner": module, "free": free, "rounds": rounds,
+                                    "preemptions": len(preemptions)}))
+
+
+if __name__ == "__main__":
+    main()
