@@ -243,7 +243,7 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         lookup = admitted_lookup()
         limit = _hit_limit(kv_cache_spec, max_length)
         if lookup.dense_until > 0:
-            return cls._longest_run(
+            groups, length = cls._longest_run(
                 block_hashes,
                 limit,
                 kv_cache_group_ids,
@@ -251,6 +251,14 @@ class LocalManager(_RazorManager, SlidingWindowManager):
                 kv_cache_spec.block_size,
                 alignment_tokens,
             )
+            if length >= lookup.dense_until:
+                # Preempted in decode: its next query is compressed already.
+                window = kv_cache_spec.window
+                unneeded = range(window.sink_pages, window.first_kept_page(length))
+                for group in groups:
+                    for index in unneeded:
+                        group[index] = block_pool.null_block
+            return groups, length
         return cls._longest_windowed_hit(
             block_hashes,
             limit,

@@ -1,0 +1,319 @@
+"""The block managers of both pools under vLLM's real KVCacheManager.
+
+Random sequences of add, advance, finish and preempt run against a model of the pages'
+contents: each written token carries a signature of what its K and V depend on, and each
+query checks that every page it reads holds the signatures that it would have computed.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
+
+from razor_kernels import DENSE_FOREVER
+from razor_vllm.config import RazorConfig
+from razor_vllm.plan import MemoryPlan, PoolSizes
+from razor_vllm.policy import dense_until
+from razor_vllm.profile import HeadProfile
+from razor_vllm.specs import pool_specs, register_specs
+
+register_specs()
+init_none_hash(sha256)
+
+PROFILE = HeadProfile(2, 2, 16, ((0,), ()))
+RETRIEVAL, LOCAL = 0, 1
+CHUNK = 40
+
+
+class Signature(NamedTuple):
+    """What the K and V of the token at position t depend on.
+
+    tokens: hash of tokens [0, t]. dense: how many of them were attended densely.
+    """
+
+    tokens: int
+    dense: int
+
+
+@dataclass
+class Live:
+    """A request, and the signatures of all its tokens so far."""
+
+    request: Request
+    until: int
+    frontier: int = 0
+    nulls: set[int] = field(default_factory=set)
+
+    def signature(self, position: int) -> Signature:
+        tokens = self.request.all_token_ids[: position + 1]
+        return Signature(hash(tuple(tokens)), min(self.until, position + 1))
+
+
+class World:
+    """A scheduler's view of the manager, and the contents of all pages."""
+
+    def __init__(self, plan: MemoryPlan, num_blocks: int, caching: bool) -> None:
+        self.plan = plan
+        specs = [spec for spec in pool_specs(plan) if spec is not None]
+        groups = [KVCacheGroupSpec([name], s) for name, s in zip("rl", specs, strict=True)]
+        sizes = [spec.block_size for spec in specs]
+        self.hash_size = 16
+        self.manager = KVCacheManager(
+            KVCacheConfig(num_blocks, [], groups),
+            max_model_len=400,
+            scheduler_block_size=sizes[0] * sizes[1] // 16,
+            hash_block_size=self.hash_size,
+            max_in_flight_tokens=CHUNK,
+            enable_caching=caching,
+        )
+        self.hasher = get_request_block_hasher(self.hash_size, sha256) if caching else None
+        self.contents: dict[int, dict[int, Signature]] = {}
+        self.live: list[Live] = []
+        self.waiting: list[Live] = []
+        self.count = 0
+        self.hits = 0
+
+    def add(self, prompt: list[int], policy: str) -> None:
+        extra = {"kv_policy": policy} if policy == "full" else None
+        salt = "razor-full" if extra and self.plan.config.prefill == "windowed" else None
+        self.count += 1
+        request = Request(
+            request_id=str(self.count),
+            prompt_token_ids=prompt,
+            sampling_params=SamplingParams(max_tokens=1000, extra_args=extra),
+            pooling_params=None,
+            cache_salt=salt,
+            block_hasher=self.hasher,
+        )
+        until = dense_until(self.plan.config, extra, len(prompt))
+        self.waiting.append(Live(request, until))
+        self.admit()
+
+    def admit(self) -> None:
+        """Start the first waiting request, if it fits."""
+        if not self.waiting:
+            return
+        live = self.waiting[0]
+        blocks, computed, _ = self.manager.get_computed_blocks(live.request)
+        todo = min(live.request.num_tokens - computed, CHUNK)
+        new = self.manager.allocate_slots(
+            live.request,
+            todo,
+            num_new_computed_tokens=computed,
+            new_computed_blocks=blocks,
+            full_sequence_must_fit=True,
+        )
+        if new is None:
+            return
+        self.hits += computed > 0
+        self.waiting.pop(0)
+        self.live.append(live)
+        live.request.num_computed_tokens = computed
+        live.frontier, live.nulls = 0, set()
+        self.compute(live, computed, computed + todo)
+
+    def advance(self, index: int, token: int) -> None:
+        """One step of a running request: a chunk of what is to compute, or a new token."""
+        if not self.live:
+            return
+        live = self.live[index % len(self.live)]
+        request = live.request
+        if request.num_computed_tokens == request.num_tokens:
+            if request.num_tokens >= 390:
+                self.finish(index)
+                return
+            request.append_output_token_ids(token)
+        start = request.num_computed_tokens
+        todo = min(request.num_tokens - start, CHUNK)
+        while self.manager.allocate_slots(request, todo) is None:
+            victim = self.live[-1]
+            self.preempt(len(self.live) - 1)
+            if victim is live:
+                return
+        self.compute(live, start, start + todo)
+
+    def compute(self, live: Live, start: int, stop: int) -> None:
+        """Write tokens [start, stop), check all that their queries read."""
+        self.check_eviction(live, start)
+        for position in range(start, stop):
+            for group in (RETRIEVAL, LOCAL):
+                self.write(live, group, position)
+        for position in {start, (start + stop) // 2, stop - 1}:
+            self.check_reads(live, position)
+        live.request.num_computed_tokens = stop
+        self.check_counts(live, start, stop)
+
+    def page(self, live: Live, group: int, index: int):
+        return self.manager.coordinator.get_blocks(live.request.request_id)[group][index]
+
+    def size(self, group: int) -> int:
+        return self.plan.blocks[group]
+
+    def write(self, live: Live, group: int, position: int) -> None:
+        block = self.page(live, group, position // self.size(group))
+        assert not block.is_null
+        assert block.ref_cnt == 1, "a shared page is written to"
+        slots = self.contents.setdefault(block.block_id, {})
+        slots[position % self.size(group)] = live.signature(position)
+
+    def read(self, live: Live, group: int, position: int) -> None:
+        block = self.page(live, group, position // self.size(group))
+        assert not block.is_null, f"position {position} of pool {group} is gone"
+        found = self.contents[block.block_id].get(position % self.size(group))
+        assert found == live.signature(position), f"position {position} of pool {group}"
+
+    def check_reads(self, live: Live, t: int) -> None:
+        """Every page that the query at t reads holds what it would have computed."""
+        for position in range(0, t + 1, 5):
+            self.read(live, RETRIEVAL, position)
+        window, size = self.plan.window, self.size(LOCAL)
+        start = 0
+        if t >= live.until:
+            start = window.first_window_page(t // size) * size
+            if window.num_dropped(t // size) > 0:
+                self.read(live, LOCAL, start - 1)  # its page's tail is the slot
+        for position in {*range(min(window.sinks, t + 1)), *range(start, t + 1, 5), t}:
+            self.read(live, LOCAL, position)
+        # The sums of the page under way continue those of the page before.
+        if t >= size:
+            self.read(live, LOCAL, t // size * size - 1)
+
+    def check_eviction(self, live: Live, start: int) -> None:
+        """The frontier moves forward only; what is gone stays gone, and lies behind it."""
+        window = self.plan.window
+        blocks = self.manager.coordinator.get_blocks(live.request.request_id)[LOCAL]
+        nulls = {index for index, block in enumerate(blocks) if block.is_null}
+        assert live.nulls <= nulls
+        live.nulls = nulls
+        if start < live.until:
+            assert not nulls
+            return
+        frontier = window.first_kept_page(start)
+        assert frontier >= live.frontier
+        live.frontier = frontier
+        assert nulls == set(range(window.sink_pages, frontier))
+
+    def check_counts(self, live: Live, start: int, stop: int) -> None:
+        """Invariant 4: a request that computes one token holds what the formula says."""
+        held = [
+            sum(not block.is_null for block in group)
+            for group in self.manager.coordinator.get_blocks(live.request.request_id)
+        ]
+        plan = self.plan
+        assert held[RETRIEVAL] == plan.retrieval_pages(stop)
+        if stop - start == 1:
+            assert held[LOCAL] == plan.local_pages(stop, live.until)
+        if start >= live.until:
+            in_flight = -(-(stop - start) // plan.blocks.local)
+            assert held[LOCAL] <= plan.window.max_held_pages(stop) + in_flight
+
+    def preempt(self, index: int) -> None:
+        if self.live:
+            live = self.live.pop(index % len(self.live))
+            self.manager.free(live.request)
+            live.request.num_computed_tokens = 0
+            self.waiting.insert(0, live)
+
+    def finish(self, index: int) -> None:
+        if self.live:
+            self.manager.free(self.live.pop(index % len(self.live)).request)
+
+    def check_pool(self) -> None:
+        """Invariant 5: references are exactly the requests', the rest is free."""
+        references: dict[int, int] = {}
+        for live in self.live:
+            for group in self.manager.coordinator.get_blocks(live.request.request_id):
+                for block in group:
+                    if not block.is_null:
+                        references[block.block_id] = references.get(block.block_id, 0) + 1
+        pool = self.manager.block_pool
+        for block in pool.blocks:
+            if not block.is_null:
+                assert block.ref_cnt == references.get(block.block_id, 0)
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 - len(references)
+
+
+# Prompts are prefixes of a few streams, so that they share much and differ somewhere.
+prompt_shapes = st.tuples(st.integers(0, 2), st.integers(1, 230))
+operations = st.one_of(
+    st.tuples(st.just("add"), prompt_shapes, st.sampled_from(["razor", "razor", "full"])),
+    st.tuples(st.just("advance"), st.integers(0, 7), st.integers(0, 2)),
+    st.tuples(st.just("advance"), st.integers(0, 7), st.integers(0, 2)),
+    st.tuples(st.just("advance"), st.integers(0, 7), st.just(0)),
+    st.tuples(st.just("decode"), st.integers(0, 7), st.integers(1, 60)),
+    st.tuples(st.just("finish"), st.integers(0, 7), st.none()),
+    st.tuples(st.just("preempt"), st.integers(0, 7), st.none()),
+)
+configs = st.builds(
+    RazorConfig,
+    window=st.sampled_from([0, 16, 40]),
+    window_ratio=st.sampled_from([0.0, 0.0, 0.2]),
+    sinks=st.sampled_from([0, 4, 20]),
+    prefill=st.sampled_from(["exact", "windowed"]),
+)
+
+
+def stream(which: int, length: int) -> list[int]:
+    """Zeros up to a position of the stream's own, so that answers continue prompts."""
+    return [0 if i < 60 + 50 * which else 1 + which for i in range(length)]
+
+
+def apply(world: World, operation: tuple) -> None:
+    kind, first, second = operation
+    if kind == "add":
+        world.add(stream(*first), second)
+    elif kind == "advance":
+        world.advance(first, second)
+    elif kind == "decode":
+        for _ in range(second):
+            world.advance(first, 0)
+    else:
+        getattr(world, kind)(first)
+        world.admit()
+
+
+@given(
+    config=configs,
+    blocks=st.sampled_from([PoolSizes(48, 16), PoolSizes(32, 32), PoolSizes(16, 32)]),
+    num_blocks=st.integers(40, 90),
+    caching=st.sampled_from([True, True, True, False]),
+    sequence=st.lists(operations, min_size=6, max_size=24),
+)
+@settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_random_sequences(config, blocks, num_blocks, caching, sequence) -> None:
+    """No leak, no double reference, no page read that holds other values than a miss."""
+    world = World(MemoryPlan(config, PROFILE, torch.float32, blocks), num_blocks, caching)
+    for operation in sequence:
+        apply(world, operation)
+        world.check_pool()
+    event(f"cache hits: {min(world.hits, 3)}")
+    while world.live:
+        world.finish(0)
+    world.check_pool()
+    pool = world.manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    assert not world.manager.coordinator.single_type_managers[LOCAL].dense_until.keys() - {
+        live.request.request_id for live in world.waiting
+    }
+
+
+def test_opt_out_holds_every_page() -> None:
+    """A request that is never compressed frees nothing."""
+    config = RazorConfig(window=16, prefill="windowed")
+    plan = MemoryPlan(config, PROFILE, torch.float32, PoolSizes(48, 16))
+    world = World(plan, 100, True)
+    world.add([7] * 30, "full")
+    for _ in range(120):
+        world.advance(0, 1)
+    assert world.live[0].until == DENSE_FOREVER
+    blocks = world.manager.coordinator.get_blocks("1")[LOCAL]
+    assert len(blocks) == 10
+    assert not any(block.is_null for block in blocks)
