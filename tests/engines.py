@@ -29,7 +29,12 @@ def engine(model: Path, razor: dict[str, Any] | None = None, **options: Any) -> 
 
     if razor is not None:
         options["additional_config"] = {"razor": razor}
-    defaults = {"dtype": "float32", "max_model_len": MAX_LEN, "enforce_eager": True}
+    defaults = {
+        "dtype": "float32",
+        "max_model_len": MAX_LEN,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 256 * 1024**2,
+    }
     llm = LLM(str(model), disable_log_stats=True, **{**defaults, **options})
     try:
         yield llm

@@ -1,0 +1,93 @@
+"""What requests really hold, read from vLLM's block pool."""
+
+from pathlib import Path
+
+import pytest
+from engines import engine, manager_of, prompts
+from vllm import SamplingParams
+
+pytestmark = pytest.mark.engine
+
+LENGTH = 4096
+RAZOR = {"window": 256}  # the bundled profile: 25 % retrieval heads
+POOL_BYTES = 40 * 1024**2
+
+
+def held_bytes(llm) -> int:
+    """Bytes of all pages that requests hold now."""
+    config = manager_of(llm).kv_cache_config
+    pool = manager_of(llm).block_pool
+    size = config.kv_cache_tensors[0].size // config.num_blocks
+    return (pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()) * size
+
+
+def running(llm) -> list:
+    return llm.llm_engine.engine_core.engine_core.scheduler.running
+
+
+def start(llm, count: int) -> None:
+    """Add requests of LENGTH tokens, the last few of them generated."""
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    for index, prompt in enumerate(prompts([LENGTH - 32] * count, seed=3)):
+        llm.llm_engine.add_request(str(index), prompt, params)
+
+
+def bytes_of_one(llm) -> int:
+    """Bytes that one request holds once it has LENGTH tokens."""
+    start(llm, 1)
+    while True:
+        llm.llm_engine.step()
+        if running(llm)[0].num_tokens == LENGTH:
+            return held_bytes(llm)
+
+
+def most_resident(llm, count: int = 8) -> int:
+    """Most requests that decode at one time."""
+    start(llm, count)
+    most = 0
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        most = max(most, sum(r.num_output_tokens > 0 for r in running(llm)))
+    return most
+
+
+@pytest.mark.parametrize("prefill", ["exact", "windowed"])
+def test_a_request_holds_a_third_and_three_fit_for_one(model_dir: Path, prefill: str) -> None:
+    """At 4,096 tokens: at most 0.36 of stock's bytes; at least 2.5 times as many resident."""
+    options = {
+        "kv_cache_memory_bytes": POOL_BYTES,
+        "max_num_batched_tokens": 2048,
+        "enable_prefix_caching": False,
+    }
+    with engine(model_dir, **options) as llm:
+        stock_bytes = bytes_of_one(llm)
+    with engine(model_dir, **options) as llm:
+        stock_count = most_resident(llm)
+    with engine(model_dir, {**RAZOR, "prefill": prefill}, **options) as llm:
+        razor_bytes = bytes_of_one(llm)
+    with engine(model_dir, {**RAZOR, "prefill": prefill}, **options) as llm:
+        razor_count = most_resident(llm)
+    assert stock_count == POOL_BYTES // stock_bytes
+    assert razor_bytes <= 0.36 * stock_bytes
+    assert razor_count >= 2.5 * stock_count
+
+
+def test_report_says_what_the_pool_gives(model_dir: Path) -> None:
+    """`request_memory` and the block pool agree, for the policy and for stock vLLM."""
+    from razor_vllm.report import plan_of, report_lines, request_memory
+
+    with engine(model_dir) as llm:
+        stock_bytes = bytes_of_one(llm)
+        block_size = llm.llm_engine.vllm_config.cache_config.block_size
+    with engine(model_dir, RAZOR) as llm:
+        config = manager_of(llm).kv_cache_config
+        plan = plan_of(llm.llm_engine.vllm_config, config)
+        # The last of the LENGTH tokens is sampled but not computed yet.
+        memory = request_memory(plan, LENGTH - 1, config.num_blocks, block_size)
+        assert bytes_of_one(llm) == memory.held
+        assert stock_bytes == memory.full
+        lines = report_lines(plan, 8192, config.num_blocks, block_size)
+    text = "\n".join(lines)
+    assert "4 of 16 KV heads retrieve (25.0%)" in text
+    assert f"{plan.request_bytes(4096):,}" in text
+    assert f"{plan.request_bytes(8192):,}" in text
