@@ -56,7 +56,7 @@ def make_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
         num_key_value_heads=NUM_KV_HEADS,
         head_dim=HEAD_SIZE,
         max_position_embeddings=MAX_POSITIONS,
-        rope_theta=500000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         bos_token_id=0,
         eos_token_id=1,
         initializer_range=0.08,

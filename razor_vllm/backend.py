@@ -9,12 +9,13 @@ pool's metadata and cache are read from the forward context by the pool's name.
 
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.config.cache import CacheDType
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -33,8 +34,7 @@ from razor_kernels import DENSE_FOREVER, paged
 from razor_vllm.pools import LayerPools, attach, attachment_of
 from razor_vllm.specs import LocalSpec
 
-
-step_dense_until: ContextVar[list[int]] = ContextVar("razor_dense_until", default=[])
+step_dense_until: ContextVar[tuple[int, ...]] = ContextVar("razor_dense_until", default=())
 """`dense_until` of each request of the step being prepared, in batch order."""
 
 
@@ -58,9 +58,7 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
-        self.window = (
-            kv_cache_spec.window if isinstance(kv_cache_spec, LocalSpec) else None
-        )
+        self.window = kv_cache_spec.window if isinstance(kv_cache_spec, LocalSpec) else None
         self.compensation = attachment_of(vllm_config).config.compensation
 
     def build(
@@ -156,13 +154,14 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
         if attn_metadata is None:
             return output.zero_()
         context = get_forward_context()
+        all_metadata: Any = context.attn_metadata
         group = self.num_heads // self.num_kv_heads
         shape = (-1, self.num_kv_heads, group, self.head_size)
         q, out = query.view(shape), output.view(shape)
         for pool in self._pools(layer):
             cache = context.no_compile_layers[pool.name].kv_cache
             cache = cache[:, pool.slots.start : pool.slots.stop]
-            metadata = context.attn_metadata[pool.name]
+            metadata = all_metadata[pool.name]
             paged.write(
                 key[:, pool.heads], value[:, pool.heads], cache, pool.layout, metadata.writes
             )
@@ -178,7 +177,7 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
         if self.pools is None:
             attached = attachment_of(self.vllm_config)
             plan = attached.plan(self.vllm_config)
-            self.pools = attached.layer_pools(plan, layer.layer_name)
+            self.pools = attached.layer_pools(plan, cast(Attention, layer).layer_name)
         return self.pools
 
 

@@ -4,7 +4,8 @@ Checked against vLLM 0.32. What would end a patch stands with it.
 
     where                                    why
     EngineArgs                               flags; early checks
-    InputProcessor.process_inputs            per-request policy: HTTP 400, cache salt
+    SamplingParams.from_optional             a bad per-request policy: HTTP 400
+    InputProcessor.process_inputs            the same for other front ends; cache salt
     get_kv_cache_configs                     stop if not attached; start-up report
     KVCacheManager.get_computed_blocks       tell the managers whose prefix is looked up
     GPUModelRunner._build_attention_metadata `dense_until` of a batch (V1 runner)
@@ -18,6 +19,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,11 +31,24 @@ VLLM_SERIES = "0.32"
 """Series of vLLM that the patches below were written against."""
 
 _FLAGS: dict[str, dict[str, Any]] = {
-    "head_profile": {"metavar": "PATH", "help": "head profile of the model; by default razor_profile.json beside its weights"},
-    "window": {"type": int, "help": "latest tokens that a local head sees as written (default 4096)"},
-    "window_ratio": {"type": float, "help": "window of at least this share of the position (default 0; the paper: 0.2)"},
+    "head_profile": {
+        "metavar": "PATH",
+        "help": "head profile of the model; by default razor_profile.json beside its weights",
+    },
+    "window": {
+        "type": int,
+        "help": "latest tokens that a local head sees as written (default 4096, or the "
+        "model's length)",
+    },
+    "window_ratio": {
+        "type": float,
+        "help": "window of at least this share of the position (default 0; the paper: 0.2)",
+    },
     "sinks": {"type": int, "help": "first tokens that a local head keeps for ever (default 4)"},
-    "prefill": {"choices": ["exact", "windowed"], "help": "exact: attend the prompt densely (default); windowed: window it too"},
+    "prefill": {
+        "choices": ["exact", "windowed"],
+        "help": "exact: attend the prompt densely (default); windowed: window it too",
+    },
 }
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,19 +64,19 @@ def check_version() -> None:
 
     found = Version(vllm.__version__)
     if f"{found.major}.{found.minor}" != VLLM_SERIES:
-        raise RuntimeError(
-            f"razor: expected vLLM {VLLM_SERIES}.x, found {vllm.__version__}"
-        )
+        raise RuntimeError(f"razor: expected vLLM {VLLM_SERIES}.x, found {vllm.__version__}")
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], F]) -> None:
-    """Replace owner.name by make(owner.name), once."""
-    original = getattr(owner, name)
+    """Replace owner.name by make(owner.name), once; static and class methods stay so."""
+    raw = vars(owner)[name]
+    kind = type(raw) if isinstance(raw, staticmethod | classmethod) else None
+    original = raw.__func__ if kind else raw
     if getattr(original, "_razor", False):
         return
-    wrapper = functools.wraps(original)(make(original))
-    wrapper._razor = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapper)
+    wrapper: Any = functools.wraps(original)(make(original))
+    wrapper._razor = True
+    setattr(owner, name, kind(wrapper) if kind else wrapper)
 
 
 def install() -> None:
@@ -74,20 +89,14 @@ def install() -> None:
 
     # Ends with a vLLM that lets plugins add arguments to EngineArgs.
     _wrap(EngineArgs, "add_cli_args", _adding_flags)
-    EngineArgs.add_cli_args = staticmethod(EngineArgs.add_cli_args)
-    if not hasattr(EngineArgs.from_cli_args, "_razor"):
-        EngineArgs.from_cli_args = classmethod(
-            _folding_flags(EngineArgs.from_cli_args.__func__)
-        )
+    _wrap(EngineArgs, "from_cli_args", _folding_flags)
     _wrap(EngineArgs, "create_engine_config", _checking_config)
 
     register_backend(AttentionBackendEnum.CPU_ATTN, selection.PATH)
-    register_backend(
-        AttentionBackendEnum.CUSTOM, "razor_vllm.backend.RazorAttentionBackend"
-    )
+    register_backend(AttentionBackendEnum.CUSTOM, "razor_vllm.backend.RazorAttentionBackend")
 
     _wrap(kv_cache_utils, "get_kv_cache_configs", _checking_attachment)
-    core = sys.modules.get("vllm.v1.engine.core")
+    core: Any = sys.modules.get("vllm.v1.engine.core")
     if core is not None:
         core.get_kv_cache_configs = kv_cache_utils.get_kv_cache_configs
 
@@ -116,7 +125,6 @@ def _adding_flags(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _folding_flags(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
         engine_args = original(cls, args)
         options = _options_of(args)
@@ -126,7 +134,6 @@ def _folding_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             engine_args.additional_config = merged
         return engine_args
 
-    from_cli_args._razor = True  # type: ignore[attr-defined]
     return from_cli_args
 
 
@@ -136,7 +143,7 @@ def _options_of(args: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         ValueError: an unknown policy, or options of a policy that is not on.
     """
-    policy = getattr(args, "kv_policy", "full")
+    policy: Any = getattr(args, "kv_policy", "full")
     options = {
         name: value
         for name in _FLAGS
@@ -168,6 +175,7 @@ def _checking_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _prepare(vllm_config: Any, config: RazorConfig) -> None:
     """Check what can be checked before a model is loaded, and ask for our backend."""
+    from vllm import SamplingParams
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.engine.input_processor import InputProcessor
@@ -178,6 +186,8 @@ def _prepare(vllm_config: Any, config: RazorConfig) -> None:
     check_version()
     check_engine(vllm_config)
     model = vllm_config.model_config
+    if "window" not in vllm_config.additional_config[CONFIG_KEY]:
+        config = replace(config, window=min(config.window, model.max_model_len))
     config.check_lengths(model.max_model_len)
     path = Path(locate_profile(config.head_profile, model.model)).absolute()
     profile = read_profile(path)
@@ -201,23 +211,28 @@ def _prepare(vllm_config: Any, config: RazorConfig) -> None:
                 "exclude each other: the policy brings its own"
             )
         vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
-    # Ends with a vLLM that lets plugins check a request's extra arguments.
+    # These end with a vLLM that lets plugins check a request's extra arguments. The
+    # OpenAI routes make sampling parameters before a stream begins: a 400 is possible.
+    _wrap(SamplingParams, "from_optional", _checking_params)
     _wrap(InputProcessor, "process_inputs", _checking_request)
 
 
+def _checking_params(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_optional(*args: Any, **kwargs: Any) -> Any:
+        _valid_policy(kwargs.get("extra_args"))
+        return original(*args, **kwargs)
+
+    return from_optional
+
+
 def _checking_request(original: Callable[..., Any]) -> Callable[..., Any]:
-    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.exceptions import VLLMValidationError
-
-        from razor_vllm.policy import REQUEST_KEY, request_policy
-
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         config = config_of(self.vllm_config.additional_config)
         if config is None:
             return original(self, request_id, prompt, params, *args, **kwargs)
-        try:
-            policy = request_policy(getattr(params, "extra_args", None))
-        except ValueError as error:
-            raise VLLMValidationError(str(error), parameter=REQUEST_KEY) from error
+        policy = _valid_policy(getattr(params, "extra_args", None))
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if policy == "full" and config.prefill == "windowed":
             # Same tokens, other values: such requests share pages among themselves only.
@@ -227,11 +242,25 @@ def _checking_request(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_inputs
 
 
+def _valid_policy(extra_args: dict[str, Any] | None) -> str:
+    """A request's policy, or the error that vLLM's front ends answer with."""
+    from vllm.exceptions import VLLMValidationError
+
+    from razor_vllm.policy import REQUEST_KEY, request_policy
+
+    try:
+        return request_policy(extra_args)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter=REQUEST_KEY) from error
+
+
 # --- Engine: attachment, block managers -----------------------------------------------
 
 
 def _checking_attachment(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_kv_cache_configs(
+        vllm_config: Any, kv_cache_specs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         from razor_vllm.report import check_attached, log_report
 
         config = config_of(vllm_config.additional_config)
@@ -303,7 +332,7 @@ def _building_v1(original: Callable[..., Any]) -> Callable[..., Any]:
             state = self.requests[req_id]
             extra = state.sampling_params.extra_args if state.sampling_params else None
             batch.append(dense_until(config, extra, state.num_prompt_tokens))
-        token = step_dense_until.set(batch)
+        token = step_dense_until.set(tuple(batch))
         try:
             return original(self, *args, **kwargs)
         finally:
@@ -351,10 +380,9 @@ def _model_state(base: type, config: RazorConfig) -> type:
         def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
             # A dummy run's requests were never added.
             batch = [
-                self.razor_dense_until.get(req_id, DENSE_FOREVER)
-                for req_id in input_batch.req_ids
+                self.razor_dense_until.get(req_id, DENSE_FOREVER) for req_id in input_batch.req_ids
             ]
-            token = step_dense_until.set(batch)
+            token = step_dense_until.set(tuple(batch))
             try:
                 return super().prepare_attn(input_batch, *args, **kwargs)
             finally:

@@ -21,9 +21,7 @@ def _whole(name: str, value: object) -> None:
 
 def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
-        raise ValueError(
-            f"razor: {name} is {value!r}; accepted are {', '.join(accepted)}"
-        )
+        raise ValueError(f"razor: {name} is {value!r}; accepted are {', '.join(accepted)}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,8 @@ class RazorConfig:
     head_profile: str | None = None
     """Path of the head profile; by default `razor_profile.json` beside the weights."""
     window: int = 4096
-    """Latest tokens that a local head sees as written."""
+    """Latest tokens that a local head sees as written; where it is not given, shorter
+    models get their own length."""
     window_ratio: float = 0.0
     """A query at position t has window max(window, ceil(t * ratio)); the paper: 0.2."""
     sinks: int = 4
@@ -58,24 +57,15 @@ class RazorConfig:
         _whole("sinks", self.sinks)
         ratio = self.window_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-            raise ValueError(
-                f"razor: window_ratio is {ratio!r}; accepted are numbers from 0 to 1"
-            )
+            raise ValueError(f"razor: window_ratio is {ratio!r}; accepted are numbers from 0 to 1")
         if not (math.isfinite(ratio) and 0 <= ratio <= 1):
-            raise ValueError(
-                f"razor: window_ratio is {ratio!r}; accepted are numbers from 0 to 1"
-            )
-        if self.head_profile is not None and not isinstance(
-            self.head_profile, str | os.PathLike
-        ):
-            raise ValueError(
-                f"razor: head_profile is {self.head_profile!r}; accepted is a path"
-            )
+            raise ValueError(f"razor: window_ratio is {ratio!r}; accepted are numbers from 0 to 1")
+        if self.head_profile is not None and not isinstance(self.head_profile, str | os.PathLike):
+            raise ValueError(f"razor: head_profile is {self.head_profile!r}; accepted is a path")
         for name in ("compensation", "allow_no_retrieval_heads"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
-                    f"razor: {name} is {getattr(self, name)!r}; "
-                    "accepted are true and false"
+                    f"razor: {name} is {getattr(self, name)!r}; accepted are true and false"
                 )
 
     @classmethod
@@ -94,8 +84,7 @@ class RazorConfig:
         unknown = sorted(str(key) for key in options.keys() - set(known))
         if unknown:
             raise ValueError(
-                f"razor: unknown option {', '.join(unknown)}; "
-                f"accepted are {', '.join(known)}"
+                f"razor: unknown option {', '.join(unknown)}; accepted are {', '.join(known)}"
             )
         return cls(**options)
 

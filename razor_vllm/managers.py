@@ -108,9 +108,7 @@ class _RazorManager(SingleTypeKVCacheManager):
         alignment_tokens: int,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Longest run of cached pages from the first, in whole alignments."""
-        hashes = resolve_block_hashes(
-            block_hashes, block_pool.hash_block_size, block_size
-        )
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, block_size)
         found: list[list[KVCacheBlock]] = []
         for index in range(max_length // block_size):
             cached = block_pool.get_cached_block(hashes[index], kv_cache_group_ids)

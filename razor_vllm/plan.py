@@ -82,15 +82,11 @@ class MemoryPlan:
 
     @property
     def retrieval_layout(self) -> PageLayout:
-        return PageLayout(
-            self.blocks.retrieval, self.profile.head_size, self.dtype, has_tail=False
-        )
+        return PageLayout(self.blocks.retrieval, self.profile.head_size, self.dtype, has_tail=False)
 
     @property
     def local_layout(self) -> PageLayout:
-        return PageLayout(
-            self.blocks.local, self.profile.head_size, self.dtype, has_tail=True
-        )
+        return PageLayout(self.blocks.local, self.profile.head_size, self.dtype, has_tail=True)
 
     @property
     def page_bytes(self) -> int:
@@ -127,9 +123,7 @@ class MemoryPlan:
             num_tokens: tokens so far, the one being computed included.
             dense_until: of the request; 0 for a decoding one.
         """
-        return self.retrieval_pages(num_tokens) + self.local_pages(
-            num_tokens, dense_until
-        )
+        return self.retrieval_pages(num_tokens) + self.local_pages(num_tokens, dense_until)
 
     def request_bytes(self, num_tokens: int, dense_until: int = 0) -> int:
         """`request_pages` in bytes of KV memory."""
@@ -170,9 +164,7 @@ def plan_memory(
         ValueError: no retrieval head, and the config does not allow it.
     """
     if profile.num_retrieval_heads == 0 and not config.allow_no_retrieval_heads:
-        raise ValueError(
-            "razor: the head profile names no retrieval head; at least one is needed"
-        )
+        raise ValueError("razor: the head profile names no retrieval head; at least one is needed")
     if profile.num_retrieval_heads in (0, profile.num_heads):
         return MemoryPlan(config, profile, dtype, PoolSizes(block_size, block_size))
     plans = [
@@ -183,9 +175,7 @@ def plan_memory(
     return min(plans, key=lambda plan: _cost(plan, max_model_len))
 
 
-def _matching_blocks(
-    profile: HeadProfile, dtype: torch.dtype, local: int
-) -> tuple[int, int]:
+def _matching_blocks(profile: HeadProfile, dtype: torch.dtype, local: int) -> tuple[int, int]:
     """Multiples of 16 tokens whose retrieval page is just below, just above a local one."""
     rows = PageLayout(local, profile.head_size, dtype, has_tail=True).rows
     local_heads = profile.num_heads - profile.num_retrieval_heads

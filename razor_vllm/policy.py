@@ -27,9 +27,7 @@ def request_policy(extra_args: Mapping[str, Any] | None) -> KVPolicy:
     value = (extra_args or {}).get(REQUEST_KEY, "razor")
     accepted = get_args(KVPolicy)
     if value not in accepted:
-        raise ValueError(
-            f"{REQUEST_KEY} is {value!r}; accepted are {', '.join(accepted)}"
-        )
+        raise ValueError(f"{REQUEST_KEY} is {value!r}; accepted are {', '.join(accepted)}")
     return value
 
 

@@ -92,8 +92,7 @@ class Attachment:
         )
         self.profile.check_model(len(layers), first.num_kv_heads, first.head_size)
         self.layer_index = {
-            name: index
-            for index, name in enumerate(sorted(layers, key=extract_layer_index))
+            name: index for index, name in enumerate(sorted(layers, key=extract_layer_index))
         }
 
     def plan(self, vllm_config: VllmConfig) -> MemoryPlan:
@@ -148,7 +147,6 @@ def attach(vllm_config: VllmConfig) -> None:
             names.append(name)
     for layer in layers.values():
         layer.kv_sharing_target_layer_name = names[0]
-        layer.impl.kv_sharing_target_layer_name = names[0]
 
 
 def attachment_of(vllm_config: VllmConfig) -> Attachment:

@@ -72,9 +72,7 @@ class HeadProfile:
             raise ValueError(f"layer {layer}: heads {list(heads)} are not sorted and unique")
 
     def _check_scores(self, name: str, rows: tuple[tuple[float, ...], ...]) -> None:
-        if len(rows) != self.num_layers or any(
-            len(row) != self.num_kv_heads for row in rows
-        ):
+        if len(rows) != self.num_layers or any(len(row) != self.num_kv_heads for row in rows):
             raise ValueError(
                 f"scores {name!r} are not {self.num_layers} rows of {self.num_kv_heads}"
             )
@@ -155,10 +153,7 @@ class HeadProfile:
         return cls(
             **{name: model[name] for name in _MODEL_KEYS},
             retrieval_heads=_rows(data, "retrieval_heads"),
-            scores={
-                name: _rows(_object(data, "scores"), name)
-                for name in data.get("scores", {})
-            },
+            scores={name: _rows(_object(data, "scores"), name) for name in data.get("scores", {})},
             made_by=_object(data, "made_by"),
         )
 
@@ -192,13 +187,9 @@ def read_profile(path: str | os.PathLike[str]) -> HeadProfile:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ValueError(
-            f"razor: cannot read head profile {path}: {error.strerror}"
-        ) from error
+        raise ValueError(f"razor: cannot read head profile {path}: {error.strerror}") from error
     if len(raw) > MAX_BYTES:
-        raise ValueError(
-            f"razor: head profile {path} is over {MAX_BYTES // 1024**2} MB"
-        )
+        raise ValueError(f"razor: head profile {path} is over {MAX_BYTES // 1024**2} MB")
     try:
         return HeadProfile.from_json(raw.decode("utf-8"))
     except ValueError as error:

@@ -57,18 +57,16 @@ def plan_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> MemoryPl
     """The plan that an engine's pools follow."""
     config = config_of(vllm_config.additional_config)
     assert config is not None, "the policy was not asked for"
-    profile = read_profile(
-        locate_profile(config.head_profile, vllm_config.model_config.model)
-    )
-    sizes = {}
-    for group in kv_cache_config.kv_cache_groups:
-        sizes[type(group.kv_cache_spec)] = group.kv_cache_spec.block_size
-        dtype = group.kv_cache_spec.dtype
-    any_size = next(iter(sizes.values()))
+    profile = read_profile(locate_profile(config.head_profile, vllm_config.model_config.model))
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    first = specs[0]
+    assert isinstance(first, RetrievalSpec | LocalSpec)
+    sizes = {type(spec): spec.block_size for spec in specs}
+    # With one kind of head there is one pool, and the other's size counts for nothing.
     blocks = PoolSizes(
-        sizes.get(RetrievalSpec, any_size), sizes.get(LocalSpec, any_size)
+        sizes.get(RetrievalSpec, first.block_size), sizes.get(LocalSpec, first.block_size)
     )
-    return MemoryPlan(config, profile, dtype, blocks)
+    return MemoryPlan(config, profile, first.dtype, blocks)
 
 
 def request_memory(

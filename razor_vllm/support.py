@@ -1,6 +1,7 @@
 """What the policy covers, and the refusal of what it does not."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
@@ -36,9 +37,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
         raise _refuse("a Mamba or other hybrid model")
     if model.is_encoder_decoder:
         raise _refuse("an encoder-decoder model")
-    text = model.hf_text_config
-    if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", "") == "alibi":
-        raise _refuse("ALiBi")
     if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
         raise _refuse(f"a KV cache of {cache.cache_dtype}")
     for name, size in (
@@ -81,9 +79,10 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
             raise _refuse(f"layer {name}, which shares another layer's KV cache,")
         if layer.has_sink:
             raise _refuse(f"layer {name} with learned attention sinks")
-        if layer.impl.alibi_slopes is not None:
+        impl: Any = layer.impl
+        if impl.alibi_slopes is not None:
             raise _refuse(f"layer {name} with ALiBi slopes")
-        if layer.impl.logits_soft_cap:
+        if impl.logits_soft_cap:
             raise _refuse(f"layer {name} with a logit soft-cap")
     for field in ("num_heads", "num_kv_heads", "head_size", "head_size_v"):
         if len({getattr(layer, field) for layer in layers.values()}) > 1:

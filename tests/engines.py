@@ -49,8 +49,7 @@ def prompts(lengths: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
     """Prompts of random bytes; each begins with the model's first token."""
     draw = random.Random(seed)
     return [
-        {"prompt_token_ids": [0] + [draw.randrange(5, 261) for _ in range(n - 1)]}
-        for n in lengths
+        {"prompt_token_ids": [0] + [draw.randrange(5, 261) for _ in range(n - 1)]} for n in lengths
     ]
 
 
@@ -69,8 +68,7 @@ def answers(
         Answer(
             tuple(out.token_ids),
             tuple(
-                step[token].logprob
-                for step, token in zip(out.logprobs, out.token_ids, strict=True)
+                step[token].logprob for step, token in zip(out.logprobs, out.token_ids, strict=True)
             ),
         )
         for out in outputs

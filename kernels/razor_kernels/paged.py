@@ -94,9 +94,7 @@ def plan_tails(
     """Pages whose running sums a step must rebuild: those it writes to."""
     size = window.block_size
     updates = []
-    for request, (query_len, seq_len) in enumerate(
-        zip(query_lens, seq_lens, strict=True)
-    ):
+    for request, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
         if query_len == 0:
             continue
         first, last = (seq_len - query_len) // size, (seq_len - 1) // size
@@ -131,9 +129,7 @@ def plan_reads(
     """
     segments: list[Segment] = []
     row = 0
-    for request, (query_len, seq_len) in enumerate(
-        zip(query_lens, seq_lens, strict=True)
-    ):
+    for request, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
         start = seq_len - query_len
         until = DENSE_FOREVER if window is None else dense_until[request]
         split = min(max(until, start), seq_len)
@@ -143,17 +139,13 @@ def plan_reads(
         if split < seq_len:
             assert window is not None
             segments.append(
-                _compressed(
-                    row + split - start, split, seq_len, table, window, compensation
-                )
+                _compressed(row + split - start, split, seq_len, table, window, compensation)
             )
         row += query_len
     return tuple(segments)
 
 
-def _dense(
-    row: int, start: int, stop: int, table: torch.Tensor, block_size: int
-) -> Segment:
+def _dense(row: int, start: int, stop: int, table: torch.Tensor, block_size: int) -> Segment:
     """Causal attention of the queries at [start, stop) over keys [0, stop)."""
     num_queries = stop - start
     bias = None
@@ -289,7 +281,7 @@ def _gather(
         seen = (segment.bias[:, : segment.num_keys] > -math.inf).any(0)
         tokens = torch.where(seen.view(1, -1, 1), tokens, 0)
     tokens = tokens.to(dtype)
-    if segment.slots is not None:
+    if segment.slots is not None and segment.dropped is not None:
         sums = layout.tails(cache).index_select(0, segment.slots).transpose(0, 1)
         tokens = torch.cat([tokens, (sums / segment.dropped).to(dtype)], dim=1)
     k, v = tokens.unsqueeze(1).split(layout.head_dim, dim=-1)

@@ -89,9 +89,7 @@ class Window:
 
     def num_dropped(self, page: IntLike) -> IntLike:
         """Tokens that the compensation slot stands for: N of a query in `page`."""
-        return _at_least(
-            self.first_window_page(page) * self.block_size - self.sinks, 0
-        )
+        return _at_least(self.first_window_page(page) * self.block_size - self.sinks, 0)
 
     def first_kept_page(self, position: int) -> int:
         """First page beyond the sinks that a query at `position`, or later, needs.

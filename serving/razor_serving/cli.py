@@ -1,13 +1,14 @@
 """The `razor` command.
 
-    razor serve MODEL [vLLM options]    vllm serve MODEL --kv-policy razor [vLLM options]
+razor serve MODEL [vLLM options]    vllm serve MODEL --kv-policy razor [vLLM options]
+razor cpu-setup                     put right what the CPU wheel of vLLM installs
 """
 
 import argparse
 import shlex
 import sys
 
-from vllm.entrypoints.cli.main import main as vllm_main
+from razor_serving import cpu_setup
 
 
 def _request_to_copy(host: str, port: int, model: str) -> str:
@@ -19,6 +20,8 @@ def _request_to_copy(host: str, port: int, model: str) -> str:
 
 
 def _serve(model: str, options: list[str]) -> None:
+    from vllm.entrypoints.cli.main import main as vllm_main
+
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
@@ -45,8 +48,14 @@ def main() -> None:
         "serve", help="serve a model under the razor policy; takes all of vLLM's options"
     )
     serve.add_argument("model", help="folder or hub name of the model")
+    commands.add_parser("cpu-setup", help="put right what the CPU wheel of vLLM installs")
     args, options = parser.parse_known_args()
-    _serve(args.model, options)
+    if args.command == "serve":
+        _serve(args.model, options)
+    elif options:
+        parser.error(f"unknown options {' '.join(options)}")
+    else:
+        cpu_setup.main()
 
 
 if __name__ == "__main__":

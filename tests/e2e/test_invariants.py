@@ -129,9 +129,7 @@ def test_generated_text_as_a_prompt(model_dir: Path, prefill: str) -> None:
     with engine(model_dir, razor) as llm:
         first = prompts([400], seed=7)[0]
         reply = answers(llm, [first], max_tokens=300)[0]
-        second = {
-            "prompt_token_ids": first["prompt_token_ids"] + list(reply.tokens) + [9, 8, 7]
-        }
+        second = {"prompt_token_ids": first["prompt_token_ids"] + list(reply.tokens) + [9, 8, 7]}
         warm = answers(llm, [second])
         again = answers(llm, [second])
         llm.reset_prefix_cache()

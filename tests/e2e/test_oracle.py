@@ -39,9 +39,7 @@ def oracle_logprobs(
 
 
 @pytest.mark.parametrize("prefill", ["exact", "windowed"])
-def test_served_logprobs_are_the_formulas(
-    model_dir: Path, tmp_path: Path, prefill: str
-) -> None:
+def test_served_logprobs_are_the_formulas(model_dir: Path, tmp_path: Path, prefill: str) -> None:
     """Invariant 2 through the engine: both modes, lengths up to 4096, an uneven head map."""
     razor = {
         "head_profile": profile_file(tmp_path, SOME_HEADS),

@@ -24,8 +24,12 @@ def main() -> None:
         ]
         pool = manager_of(llm).block_pool
         free = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-    print("RESULT " + json.dumps({"runner": module, "free": free, "rounds": rounds,
-                                    "preemptions": len(preemptions)}))
+    print(
+        "RESULT "
+        + json.dumps(
+            {"runner": module, "free": free, "rounds": rounds, "preemptions": len(preemptions)}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -60,8 +60,7 @@ def run(
         spans = [(i, done[i], end) for i, end in zip(batch, seq_lens, strict=True)]
         mapping = torch.cat([pages.slot_mapping(*span) for span in spans])
         q, k, v = (
-            torch.cat([tensors[i][part][start:end] for i, start, end in spans])
-            for part in range(3)
+            torch.cat([tensors[i][part][start:end] for i, start, end in spans]) for part in range(3)
         )
         table = pages.table[batch]
         tails = ()
@@ -127,8 +126,7 @@ def pytorch_error(tensors: tuple[torch.Tensor, ...]) -> float:
     def dense(dtype: torch.dtype) -> torch.Tensor:
         heads = q.to(dtype).permute(1, 2, 0, 3)
         keys, values = (
-            x.to(dtype).permute(1, 0, 2).unsqueeze(1).expand(-1, group, -1, -1)
-            for x in (k, v)
+            x.to(dtype).permute(1, 0, 2).unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v)
         )
         return F.scaled_dot_product_attention(
             heads, keys, values, is_causal=True, scale=HEAD_DIM**-0.5

@@ -108,7 +108,9 @@ def test_a_profile_of_another_model_is_refused() -> None:
     """Layers, KV heads and head size are the fingerprint."""
     profile = HeadProfile(2, 2, 16, ((0,), ()))
     profile.check_model(2, 2, 16)
-    with pytest.raises(ValueError, match="of 2 layers, 2 KV heads and head size 16; this model has 32, 8 and 128"):
+    with pytest.raises(
+        ValueError, match="of 2 layers, 2 KV heads and head size 16; this model has 32, 8 and 128"
+    ):
         profile.check_model(32, 8, 128)
 
 

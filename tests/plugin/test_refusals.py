@@ -1,0 +1,185 @@
+"""What is not covered is refused at start-up, naming what was found and what is covered."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import NO_HEADS, engine, profile_file
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from razor_vllm.profile import HeadProfile
+
+RAZOR = {"razor": {"window": 64}}
+
+
+def model_with(model_dir: Path, folder: Path, **changes: Any) -> Path:
+    """The bundled model with another configuration."""
+    shutil.copytree(model_dir, folder / "model")
+    path = folder / "model" / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps(config))
+    return folder / "model"
+
+
+def create(model: Path, additional_config: dict[str, Any] = RAZOR, **options: Any):
+    options = {"max_model_len": 1024, **options}
+    return EngineArgs(
+        model=str(model), additional_config=additional_config, **options
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "a KV cache of fp8"),
+        ({"tensor_parallel_size": 2}, "tensor parallelism of 2"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism of 2"),
+        ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+        ({"runner": "pooling"}, "a pooling model"),
+        (
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                }
+            },
+            "a KV connector",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_engine_features_that_are_not_covered(model_dir: Path, options, found: str) -> None:
+    """Features are refused before a model is loaded."""
+    with pytest.raises(NotImplementedError) as error:
+        create(model_dir, **options)
+    assert f"razor: {found} is not covered" in str(error.value)
+    assert "Covered are decoder models" in str(error.value)
+
+
+def test_models_that_are_not_covered(model_dir: Path, tmp_path: Path) -> None:
+    """Kinds of model are refused before the model is loaded."""
+    mamba = {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+    with pytest.raises(NotImplementedError, match="Mamba"):
+        create(model_with(model_dir, tmp_path, **mamba))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        (
+            {
+                "architectures": ["BloomForCausalLM"],
+                "model_type": "bloom",
+                "n_head": 8,
+                "n_layer": 4,
+                "num_key_value_heads": 8,
+            },
+            "ALiBi slopes",
+        ),
+        (
+            {
+                "architectures": ["MistralForCausalLM"],
+                "model_type": "mistral",
+                "sliding_window": 128,
+            },
+            "sliding window of 128",
+        ),
+        (
+            {
+                "architectures": ["Gemma2ForCausalLM"],
+                "model_type": "gemma2",
+                "attn_logit_softcapping": 30.0,
+                "final_logit_softcapping": 30.0,
+                "query_pre_attn_scalar": 32,
+                "hidden_activation": "gelu_pytorch_tanh",
+                "layer_types": ["full_attention"] * 4,
+                "sliding_window": None,
+            },
+            "logit soft-cap",
+        ),
+    ],
+    ids=["alibi", "sliding-window", "soft-cap"],
+)
+def test_layers_that_are_not_covered(model_dir: Path, tmp_path: Path, changes, found) -> None:
+    """Kinds of layer are refused when the model is loaded, not served in silence."""
+    model = model_with(model_dir, tmp_path, **changes)
+    if "n_head" in changes:  # as many KV heads as heads
+        profile = HeadProfile(4, 8, 32, ((0,),) * 4)
+        (model / "razor_profile.json").write_text(profile.to_json())
+    with (
+        pytest.raises(NotImplementedError, match=found),
+        engine(model, {"window": 64}, max_model_len=1024, load_format="dummy"),
+    ):
+        pass
+
+
+def test_bad_profiles_stop_the_start(model_dir: Path, tmp_path: Path) -> None:
+    """Missing, of another model, or empty of retrieval heads."""
+    with pytest.raises(ValueError, match="cannot read head profile /none.json"):
+        create(model_dir, {"razor": {"head_profile": "/none.json"}})
+    other = model_with(model_dir, tmp_path, num_key_value_heads=2)
+    with pytest.raises(ValueError, match="this model has 4, 2 and 32"):
+        create(other)
+    (other / "razor_profile.json").unlink()
+    with pytest.raises(ValueError, match="no head profile"):
+        create(other)
+    with pytest.raises(ValueError, match="names no retrieval head"):
+        create(model_dir, {"razor": {"head_profile": profile_file(tmp_path, NO_HEADS)}})
+
+
+def test_bad_options_stop_the_start(model_dir: Path) -> None:
+    """Unknown keys and lengths above the model's."""
+    with pytest.raises(ValueError, match="unknown option budget"):
+        create(model_dir, {"razor": {"budget": 3}})
+    assert create(model_dir, {"razor": {}}).additional_config["razor"]["window"] == 1024
+    with pytest.raises(ValueError, match="window is 2048, above the model length of 1024"):
+        create(model_dir, {"razor": {"window": 2048}})
+
+
+def parse(*flags: str) -> AsyncEngineArgs:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags)))
+
+
+def test_flags_and_additional_config_are_one(model_dir: Path) -> None:
+    """The flags end in `additional_config`, beside what is there already."""
+    flags = ["--model", str(model_dir), "--kv-policy", "razor", "--razor-window", "64"]
+    extra = ["--additional-config", '{"other": 1, "razor": {"sinks": 8}}']
+    args = parse(*flags, *extra, "--razor-prefill", "windowed")
+    assert args.additional_config == {
+        "other": 1,
+        "razor": {"policy": "razor", "window": 64, "prefill": "windowed", "sinks": 8},
+    }
+    assert not parse("--model", str(model_dir)).additional_config
+    with pytest.raises(ValueError, match="--razor-sinks has no effect"):
+        parse("--model", str(model_dir), "--razor-sinks", "8")
+    with pytest.raises(ValueError, match="policy is 'h2o'; accepted are full, razor"):
+        parse("--model", str(model_dir), "--kv-policy", "h2o")
+
+
+def test_another_attention_backend_cannot_pass_in_silence(model_dir: Path, monkeypatch) -> None:
+    """If the pools do not attach, start-up fails; it does not serve full attention."""
+    from razor_vllm import backend
+
+    monkeypatch.setattr(backend, "attach", lambda vllm_config: None)
+    with (
+        pytest.raises(RuntimeError, match="did not attach"),
+        engine(model_dir, {"window": 64}),
+    ):
+        pass
+
+
+def test_another_series_of_vllm_is_refused(monkeypatch) -> None:
+    """The patches were written against one series."""
+    import vllm
+
+    from razor_vllm import compat
+
+    compat.check_version()
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    with pytest.raises(RuntimeError, match=r"expected vLLM 0.32.x, found 0.33.1"):
+        compat.check_version()
