@@ -114,7 +114,7 @@ def device() -> str:
 def table(results: dict[str, dict[str, float]]) -> str:
     """The medians, a row a policy."""
     lines = [
-        "| policy | KV bytes a request | resident at once | decode step, 1 request | output tokens/s |",
+        "| policy | KV bytes a request | resident | decode step, 1 request | output tokens/s |",
         "|---|---|---|---|---|",
     ]
     for policy, row in results.items():
