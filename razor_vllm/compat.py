@@ -229,10 +229,15 @@ def _checking_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        from vllm.exceptions import VLLMValidationError
+
         config = config_of(self.vllm_config.additional_config)
         if config is None:
             return original(self, request_id, prompt, params, *args, **kwargs)
         policy = _valid_policy(getattr(params, "extra_args", None))
+        if kwargs.get("resumable"):
+            # Its prompt grows while it runs, and with it the end of its dense part.
+            raise VLLMValidationError("streamed input is not covered by --kv-policy razor")
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if policy == "full" and config.prefill == "windowed":
             # Same tokens, other values: such requests share pages among themselves only.

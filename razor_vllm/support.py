@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -12,6 +13,8 @@ COVERED = (
     "decoder models whose layers are all full attention with rotary embeddings, "
     "bf16, fp16 or fp32 KV cache, on one device"
 )
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _refuse(found: str) -> NotImplementedError:
@@ -47,6 +50,10 @@ def check_engine(vllm_config: VllmConfig) -> None:
     ):
         if size > 1:
             raise _refuse(f"{name} of {size}")
+    if parallel.enable_dbo:
+        raise _refuse("dual-batch overlap (--enable-dbo)")
+    if model.is_mm_prefix_lm or vllm_config.attention_config.use_non_causal:
+        raise _refuse("attention that is not causal")
     if vllm_config.kv_transfer_config is not None:
         raise _refuse("a KV connector")
     speculative = vllm_config.speculative_config
@@ -84,6 +91,8 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
             raise _refuse(f"layer {name} with ALiBi slopes")
         if impl.logits_soft_cap:
             raise _refuse(f"layer {name} with a logit soft-cap")
+        if layer.kv_cache_torch_dtype not in _DTYPES:
+            raise _refuse(f"layer {name} with a KV cache of {layer.kv_cache_torch_dtype}")
     for field in ("num_heads", "num_kv_heads", "head_size", "head_size_v"):
         if len({getattr(layer, field) for layer in layers.values()}) > 1:
             raise _refuse(f"a model whose layers differ in {field}")

@@ -189,6 +189,17 @@ def test_every_step_holds_what_the_formula_says(model_dir: Path) -> None:
         assert_all_free(llm)
 
 
+def test_drafts_that_are_rejected_leave_no_trace(model_dir: Path) -> None:
+    """N-gram speculation: rejected tokens were written to pages and sums, and are undone."""
+    prompt = {"prompt_token_ids": prompts([40])[0]["prompt_token_ids"] * 5}
+    with engine(model_dir, WINDOW) as llm:
+        want = answers(llm, [prompt], max_tokens=120)
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2}
+    with engine(model_dir, WINDOW, speculative_config=drafts) as llm:
+        assert_same(answers(llm, [prompt], max_tokens=120), want)
+        assert_all_free(llm)
+
+
 def test_abort_frees_everything(model_dir: Path) -> None:
     """Invariant 5 under cancellation, in prefill and in decode."""
     from vllm import SamplingParams

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,33 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from razor_vllm.profile import HeadProfile
+from razor_vllm.support import check_engine
 
 RAZOR = {"razor": {"window": 64}}
+CONFIGS = (
+    "model_config",
+    "cache_config",
+    "parallel_config",
+    "scheduler_config",
+    "attention_config",
+    "kv_transfer_config",
+    "speculative_config",
+)
+MODEL = (
+    "runner_type",
+    "use_mla",
+    "is_hybrid",
+    "is_attention_free",
+    "is_encoder_decoder",
+    "is_mm_prefix_lm",
+)
+PARALLEL = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+    "enable_dbo",
+)
 
 
 def model_with(model_dir: Path, folder: Path, **changes: Any) -> Path:
@@ -64,6 +90,33 @@ def test_models_that_are_not_covered(model_dir: Path, tmp_path: Path) -> None:
     mamba = {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
     with pytest.raises(NotImplementedError, match="Mamba"):
         create(model_with(model_dir, tmp_path, **mamba))
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "found"),
+    [
+        ("model_config", "use_mla", True, "multi-head latent attention (MLA)"),
+        ("model_config", "is_hybrid", True, "a Mamba or other hybrid model"),
+        ("model_config", "is_encoder_decoder", True, "an encoder-decoder model"),
+        ("model_config", "is_mm_prefix_lm", True, "attention that is not causal"),
+        ("parallel_config", "decode_context_parallel_size", 2, "decode context parallelism of 2"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "prefill context parallel"),
+        ("parallel_config", "enable_dbo", True, "dual-batch overlap"),
+    ],
+)
+def test_configurations_that_are_not_covered(
+    model_dir: Path, where: str, name: str, value: Any, found: str
+) -> None:
+    """What this machine cannot build a real configuration of, set by hand."""
+    real = create(model_dir)
+    changed = SimpleNamespace(**{field: getattr(real, field) for field in CONFIGS})
+    part = getattr(real, where)
+    names = MODEL if where == "model_config" else PARALLEL
+    values = {field: getattr(part, field) for field in names}
+    setattr(changed, where, SimpleNamespace(**{**values, name: value}))
+    with pytest.raises(NotImplementedError) as error:
+        check_engine(changed)  # type: ignore[arg-type]
+    assert found in str(error.value)
 
 
 @pytest.mark.engine
@@ -183,3 +236,18 @@ def test_another_series_of_vllm_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(vllm, "__version__", "0.33.1")
     with pytest.raises(RuntimeError, match=r"expected vLLM 0.32.x, found 0.33.1"):
         compat.check_version()
+
+
+@pytest.mark.engine
+def test_streamed_input_is_refused(model_dir: Path) -> None:
+    """A prompt that grows while it runs has no fixed end of its dense part."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    with engine(model_dir, {"window": 64}) as llm:
+        processor = llm.llm_engine.input_processor
+        prompt = {"prompt_token_ids": [0, 5, 6]}
+        params, tasks = SamplingParams(), ("generate",)
+        assert processor.process_inputs("a", prompt, params, tasks).request_id
+        with pytest.raises(VLLMValidationError, match="streamed input is not covered"):
+            processor.process_inputs("b", prompt, params, tasks, resumable=True)
