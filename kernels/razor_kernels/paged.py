@@ -19,6 +19,10 @@ from razor_kernels.layout import PageLayout
 from razor_kernels.window import DENSE_FOREVER, Window
 
 
+_MAX_QUERIES = 512
+"""Queries of a segment that needs a mask: bounds the mask, and what a window reads in vain."""
+
+
 @dataclass(frozen=True)
 class TailUpdate:
     """Consecutive pages of one request whose sums a step rebuilds.
@@ -134,13 +138,16 @@ def plan_reads(
         until = DENSE_FOREVER if window is None else dense_until[request]
         split = min(max(until, start), seq_len)
         table = block_table[request]
-        if split > start:
-            segments.append(_dense(row, start, split, table, block_size))
-        if split < seq_len:
+        # A prompt's first chunk needs no mask, and is one segment.
+        step = max(split, 1) if start == 0 else _MAX_QUERIES
+        for begin in range(start, split, step):
+            end = min(begin + step, split)
+            segments.append(_dense(row + begin - start, begin, end, table, block_size))
+        for begin in range(split, seq_len, _MAX_QUERIES):
             assert window is not None
-            segments.append(
-                _compressed(row + split - start, split, seq_len, table, window, compensation)
-            )
+            end = min(begin + _MAX_QUERIES, seq_len)
+            first = row + begin - start
+            segments.append(_compressed(first, begin, end, table, window, compensation))
         row += query_len
     return tuple(segments)
 

@@ -2,6 +2,8 @@
 
 razor serve MODEL [vLLM options]    vllm serve MODEL --kv-policy razor [vLLM options]
 razor calibrate MODEL               find the retrieval heads, write razor_profile.json
+razor show PROFILE                  heads in the terminal and as a picture
+razor convert PATTERN --model M     a published pattern into a profile, or back
 razor cpu-setup                     put right what the CPU wheel of vLLM installs
 """
 
@@ -46,28 +48,75 @@ def _serve(model: str, options: list[str]) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    """Run the probe and write the profile; bad input is one line and exit status 2."""
+    """Run the probe and write the profile."""
+    from razor_vllm.calibrate import ProbeOptions, calibrate
     from razor_vllm.profile import FILE_NAME
 
-    output = args.output or Path(args.model) / FILE_NAME
-    if args.output is None and not Path(args.model).is_dir():
-        output = Path(FILE_NAME)
-    if output.exists() and not args.force:
-        _fail(f"{output} exists; --force overwrites it")
-    if not output.parent.is_dir():
-        _fail(f"{output.parent} is not a folder")
-    from razor_vllm.calibrate import ProbeOptions, calibrate
-
-    try:
-        options = ProbeOptions(args.induction, args.echo, args.period, tuple(args.seeds))
-        profile = calibrate(args.model, options, args.device_map, args.dtype)
-    except (ValueError, NotImplementedError, OSError) as error:
-        _fail(str(error).splitlines()[0])
+    beside = Path(args.model) / FILE_NAME if Path(args.model).is_dir() else Path(FILE_NAME)
+    output = _writable(args.output or beside, args.force)
+    options = ProbeOptions(args.induction, args.echo, args.period, tuple(args.seeds))
+    profile = calibrate(args.model, options, args.device_map, args.dtype)
     _write_atomically(output, profile.to_json())
     print(
         f"{output}: {profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve; "
         f"choices of {len(args.seeds)} seeds overlap by {profile.made_by['stability']:.0%}"
     )
+
+
+def _show(args: argparse.Namespace) -> None:
+    """Print a profile's heads, and draw them where asked to."""
+    from razor_vllm.profile import read_profile
+    from razor_vllm.show import draw, text
+
+    profile = read_profile(args.profile)
+    print(text(profile, args.window, args.lengths))
+    if args.png is not None:
+        draw(profile, _writable(args.png, args.force))
+        print(f"drawn: {args.png}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    """Read a published pattern and write a profile, or the other way round."""
+    from transformers import AutoConfig
+
+    from razor_vllm.convert import ModelShape, Selection, convert, write_duo
+    from razor_vllm.profile import FILE_NAME, read_profile
+
+    if args.to_duo is not None:
+        if not args.to_duo.is_dir():
+            raise ValueError(f"{args.to_duo} is not a folder")
+        for name in ("full_attention_heads.tsv", "config.json"):
+            _writable(args.to_duo / name, args.force)
+        write_duo(read_profile(args.pattern), args.to_duo, args.sinks, args.window)
+        print(f"{args.to_duo}: DuoAttention's form")
+        return
+    if args.model is None:
+        raise ValueError("--model is needed: a pattern does not say its model's shape")
+    output = _writable(args.output or Path(FILE_NAME), args.force)
+    config = AutoConfig.from_pretrained(args.model).get_text_config()
+    num_heads = config.num_attention_heads
+    shape = ModelShape(
+        config.num_hidden_layers,
+        num_heads,
+        getattr(config, "num_key_value_heads", None) or num_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+    )
+    profile = convert(args.pattern, shape, Selection(args.share, args.threshold))
+    _write_atomically(output, profile.to_json())
+    print(f"{output}: {profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve")
+
+
+def _writable(path: Path, force: bool) -> Path:
+    """The path, if it may be written.
+
+    Raises:
+        ValueError: it exists and is not to be overwritten, or its folder does not.
+    """
+    if path.exists() and not force:
+        raise ValueError(f"{path} exists; --force overwrites it")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is not a folder")
+    return path
 
 
 def _fail(message: str) -> NoReturn:
@@ -103,16 +152,38 @@ def main() -> None:
     find.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     find.add_argument("--device-map", help="as transformers takes it: cuda, auto, ...")
     find.add_argument("--dtype", default="auto")
+    show = commands.add_parser("show", help="show which heads of a profile retrieve")
+    show.add_argument("profile", type=Path)
+    show.add_argument("--png", type=Path, help="draw scores and choice to this file")
+    show.add_argument("--window", type=int, default=4096)
+    show.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768, 131072])
+    show.add_argument("--force", action="store_true", help="overwrite the picture")
+    convert = commands.add_parser("convert", help="read or write others' head patterns")
+    convert.add_argument("pattern", type=Path, help="a pattern; with --to-duo, a profile")
+    convert.add_argument("--model", help="folder or hub name of the model")
+    convert.add_argument("--share", type=float, help="share of KV heads, from gates or a ranking")
+    convert.add_argument("--threshold", type=float, help="least gate")
+    convert.add_argument("--output", type=Path, help="default: razor_profile.json here")
+    convert.add_argument("--to-duo", type=Path, help="folder for DuoAttention's form")
+    convert.add_argument("--sinks", type=int, default=4, help="of --to-duo")
+    convert.add_argument("--window", type=int, default=4096, help="of --to-duo")
+    convert.add_argument("--force", action="store_true", help="overwrite the output")
     commands.add_parser("cpu-setup", help="put right what the CPU wheel of vLLM installs")
     args, options = parser.parse_known_args()
     if args.command == "serve":
         _serve(args.model, options)
-    elif options:
+        return
+    if options:
         parser.error(f"unknown options {' '.join(options)}")
-    elif args.command == "calibrate":
-        _calibrate(args)
-    else:
+    if args.command == "cpu-setup":
         cpu_setup.main()
+        return
+    run = {"calibrate": _calibrate, "show": _show, "convert": _convert}[args.command]
+    try:
+        run(args)
+    except (ValueError, NotImplementedError, OSError) as error:
+        # Bad input: one line, exit status 2, nothing written.
+        _fail(str(error).splitlines()[0].removeprefix("razor: "))
 
 
 if __name__ == "__main__":

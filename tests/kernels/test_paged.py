@@ -162,6 +162,8 @@ ROWS = [
         0.0,
     ),
     ("a thousand", [Request((512, 487, 1), 900)], 4, 100, 0.0),
+    ("many tiles, windowed", [Request((100, 1300, 1), 0)], 4, 100, 0.0),
+    ("many tiles, exact", [Request((100, 1300, 1), 1350)], 4, 100, 0.0),
 ]
 
 

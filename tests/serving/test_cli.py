@@ -56,3 +56,46 @@ def test_bad_input_is_one_line_and_status_two(
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_show_prints_and_draws(model_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Heads as a grid, bytes at lengths, and a picture that is not overwritten unasked."""
+    profile = tmp_path / "p.json"
+    arguments = ["--period", "50", "--seeds", "0", "--output", str(profile)]
+    razor(monkeypatch, "calibrate", str(model_dir), *arguments)
+    capsys.readouterr()
+    picture = tmp_path / "heads.png"
+    show = ["show", str(profile), "--png", str(picture), "--window", "256"]
+    razor(monkeypatch, *show)
+    out = capsys.readouterr().out
+    chosen = read_profile(profile)
+    assert f"{chosen.num_retrieval_heads} of 16 KV heads retrieve" in out
+    grid = [line.split()[1] for line in out.splitlines()[2:6]]
+    assert [
+        "".join("#" if h in row else "." for h in range(4)) for row in chosen.retrieval_heads
+    ] == grid
+    assert "131,072 tokens" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit) as stop:
+        razor(monkeypatch, *show)
+    assert stop.value.code == 2
+
+
+def test_convert_reads_and_writes(model_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """A published pattern into a profile and back; what does not fit is one line."""
+    gates = tmp_path / "full_attention_heads.tsv"
+    gates.write_text("0.9\t0.1\t0.2\t0.3\n" * 4, encoding="utf-8")
+    output, duo = tmp_path / "p.json", tmp_path / "duo"
+    duo.mkdir()
+    model = ["--model", str(model_dir), "--output", str(output)]
+    razor(monkeypatch, "convert", str(tmp_path), *model, "--share", "0.25")
+    assert read_profile(output).retrieval_heads == ((0,),) * 4
+    razor(monkeypatch, "convert", str(output), "--to-duo", str(duo))
+    assert (duo / "full_attention_heads.tsv").read_text() == "1.0\t0.0\t0.0\t0.0\n" * 4
+    capsys.readouterr()
+    for arguments in (["--share", "0.25"], ["--force"], ["--force", "--share", "7"]):
+        with pytest.raises(SystemExit) as stop:
+            razor(monkeypatch, "convert", str(tmp_path), *model, *arguments)
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert read_profile(output).retrieval_heads == ((0,),) * 4

@@ -1,0 +1,94 @@
+"""Look at a head profile: in the terminal, and as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from razor_vllm.config import RazorConfig
+from razor_vllm.plan import full_request_bytes, plan_memory
+from razor_vllm.profile import HeadProfile
+
+_SHADES = " .:-=+*#"
+_FULL_BLOCK_SIZE = 16
+"""Tokens a page of vLLM on CUDA, for the full policy's bytes."""
+
+
+def kept_mass(profile: HeadProfile, name: str) -> list[float]:
+    """Share of a score's sum that the best n heads hold, for n = 1 .. all."""
+    scores = sorted((x for row in profile.scores[name] for x in row), reverse=True)
+    total = sum(scores) or 1.0
+    mass, out = 0.0, []
+    for score in scores:
+        mass += score
+        out.append(mass / total)
+    return out
+
+
+def text(profile: HeadProfile, window: int, lengths: Sequence[int]) -> str:
+    """Heads as a grid, the kept share a layer, and KV bytes at context lengths (bf16)."""
+    lines = [
+        f"{profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve "
+        f"({profile.num_retrieval_heads / profile.num_heads:.1%})",
+        "layer  heads (# retrieves)"
+        + "".join(f"  {name}, {_SHADES!r} of its maximum" for name in profile.scores),
+    ]
+    tops = {n: max(max(row) for row in rows) or 1.0 for n, rows in profile.scores.items()}
+    for layer, heads in enumerate(profile.retrieval_heads):
+        grid = "".join("#" if h in heads else "." for h in range(profile.num_kv_heads))
+        shades = [
+            "".join(_shade(x / tops[name]) for x in rows[layer])
+            for name, rows in profile.scores.items()
+        ]
+        lines.append("  ".join([f"{layer:>5}", grid, *shades]).rstrip())
+    lines += [f"score mass that the choice's size holds, {n}: {m:.1%}" for n, m in _mass(profile)]
+    lines.append(f"KV bytes a decoding request, bf16, window {window:,}:")
+    for length in lengths:
+        config = RazorConfig(window=min(window, length), allow_no_retrieval_heads=True)
+        plan = plan_memory(config, profile, torch.bfloat16, max(lengths), _FULL_BLOCK_SIZE)
+        held = plan.request_bytes(length)
+        full = full_request_bytes(plan, length, _FULL_BLOCK_SIZE)
+        lines.append(f"  {length:>9,} tokens {held:>16,} of {full:>16,} ({held / full:.1%})")
+    return "\n".join(lines)
+
+
+def _shade(share: float) -> str:
+    return _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]
+
+
+def _mass(profile: HeadProfile) -> list[tuple[str, float]]:
+    count = profile.num_retrieval_heads
+    return [(name, kept_mass(profile, name)[count - 1]) for name in profile.scores if count]
+
+
+def draw(profile: HeadProfile, path: Path) -> None:
+    """Draw the choice, each score, and the curve of kept share against score mass, as PNG."""
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    panels = 1 + len(profile.scores) + bool(profile.scores)
+    height = max(3.0, 0.16 * profile.num_layers + 1.2)
+    figure: Figure
+    figure, axes = plt.subplots(1, panels, figsize=(3.4 * panels, height), squeeze=False)
+    choice = [
+        [float(h in heads) for h in range(profile.num_kv_heads)]
+        for heads in profile.retrieval_heads
+    ]
+    share = profile.num_retrieval_heads / profile.num_heads
+    grids = {f"retrieval heads ({share:.1%})": choice, **profile.scores}
+    for axis, (name, rows) in zip(axes[0], grids.items(), strict=False):
+        image = axis.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
+        axis.set(title=name, xlabel="KV head", ylabel="layer")
+        if name in profile.scores:
+            figure.colorbar(image, ax=axis)
+    if profile.scores:
+        axis = axes[0][-1]
+        heads = [(n + 1) / profile.num_heads for n in range(profile.num_heads)]
+        for name in profile.scores:
+            axis.plot(heads, kept_mass(profile, name), label=name)
+        axis.axvline(share, linestyle=":", color="grey", label="chosen")
+        axis.set(title="score mass kept", xlabel="share of KV heads", ylim=(0, 1.02))
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, format="png", dpi=120)
+    plt.close(figure)
