@@ -44,7 +44,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
+def make_model(vocab_size: int, seed: int, num_kv_heads: int = NUM_KV_HEADS) -> LlamaForCausalLM:
     """Random weights, the same for the same seed."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -53,7 +53,7 @@ def make_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
         intermediate_size=512,
         num_hidden_layers=NUM_LAYERS,
         num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_KV_HEADS,
+        num_key_value_heads=num_kv_heads,
         head_dim=HEAD_SIZE,
         max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},

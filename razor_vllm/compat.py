@@ -45,6 +45,10 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "window of at least this share of the position (default 0; the paper: 0.2)",
     },
     "sinks": {"type": int, "help": "first tokens that a local head keeps for ever (default 4)"},
+    "calibrate": {
+        "action": "store_true",
+        "help": "find the heads first where the model has no profile yet",
+    },
     "prefill": {
         "choices": ["exact", "windowed"],
         "help": "exact: attend the prompt densely (default); windowed: window it too",
@@ -180,7 +184,7 @@ def _prepare(vllm_config: Any, config: RazorConfig) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from razor_vllm.profile import locate_profile, read_profile
+    from razor_vllm.profile import read_profile
     from razor_vllm.support import check_engine
 
     check_version()
@@ -189,7 +193,7 @@ def _prepare(vllm_config: Any, config: RazorConfig) -> None:
     if "window" not in vllm_config.additional_config[CONFIG_KEY]:
         config = replace(config, window=min(config.window, model.max_model_len))
     config.check_lengths(model.max_model_len)
-    path = Path(locate_profile(config.head_profile, model.model)).absolute()
+    path = _profile_path(config, model.model).absolute()
     profile = read_profile(path)
     profile.check_model(
         model.get_total_num_hidden_layers(),
@@ -215,6 +219,22 @@ def _prepare(vllm_config: Any, config: RazorConfig) -> None:
     # OpenAI routes make sampling parameters before a stream begins: a 400 is possible.
     _wrap(SamplingParams, "from_optional", _checking_params)
     _wrap(InputProcessor, "process_inputs", _checking_request)
+
+
+def _profile_path(config: RazorConfig, model: str) -> Path:
+    """Path of the profile; made first where there is none and the config says so."""
+    from razor_vllm.profile import cache_path, locate_profile, write_profile
+
+    try:
+        return locate_profile(config.head_profile, model)
+    except ValueError:
+        if not config.calibrate:
+            raise
+    from razor_vllm.calibrate import ProbeOptions, calibrate
+
+    path = cache_path(model)
+    write_profile(calibrate(model, ProbeOptions()), path)
+    return path
 
 
 def _checking_params(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -45,6 +45,8 @@ class RazorConfig:
     """First tokens that a local head keeps for ever."""
     prefill: PrefillMode = "exact"
     """exact: the prompt is attended densely. windowed: local heads window it too."""
+    calibrate: bool = False
+    """Whether to find the heads first where no profile is found."""
     compensation: bool = True
     """Whether dropped tokens leave a compensation slot; off only to measure it."""
     allow_no_retrieval_heads: bool = False
@@ -62,7 +64,7 @@ class RazorConfig:
             raise ValueError(f"razor: window_ratio is {ratio!r}; accepted are numbers from 0 to 1")
         if self.head_profile is not None and not isinstance(self.head_profile, str | os.PathLike):
             raise ValueError(f"razor: head_profile is {self.head_profile!r}; accepted is a path")
-        for name in ("compensation", "allow_no_retrieval_heads"):
+        for name in ("calibrate", "compensation", "allow_no_retrieval_heads"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
                     f"razor: {name} is {getattr(self, name)!r}; accepted are true and false"

@@ -12,9 +12,12 @@
 import json
 import math
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
 
 FILE_NAME = "razor_profile.json"
 FORMAT = "razor-head-profile"
@@ -196,18 +199,51 @@ def read_profile(path: str | os.PathLike[str]) -> HeadProfile:
         raise ValueError(f"razor: head profile {path}: {error}") from error
 
 
+def cache_path(model: str) -> Path:
+    """Where the user's cache keeps the profile of a model, by name or absolute path."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    name = str(Path(model).absolute()) if Path(model).is_dir() else model
+    return Path(base) / "razor-vllm" / name.strip("/").replace("/", "--") / FILE_NAME
+
+
+def places(model: str) -> list[Path]:
+    """Where a model's profile is looked for: beside the weights, then the user's cache."""
+    beside = [Path(model) / FILE_NAME] if Path(model).is_dir() else []
+    if not beside:
+        snapshot = try_to_load_from_cache(model, "config.json")
+        if isinstance(snapshot, str):
+            beside.append(Path(snapshot).with_name(FILE_NAME))
+    return [*beside, cache_path(model)]
+
+
 def locate_profile(head_profile: str | None, model: str) -> Path:
-    """Path of the profile to use: the one given, or the one beside the weights.
+    """Path of the profile to use: the one given, or the first that is found.
+
+    Args:
+        model: a local folder, or a hub name with a local snapshot.
 
     Raises:
-        ValueError: none was given and there is none beside the weights.
+        ValueError: none was given and none is found; says the command that makes one.
     """
     if head_profile is not None:
         return Path(head_profile)
-    beside = Path(model) / FILE_NAME
-    if beside.is_file():
-        return beside
+    looked = places(model)
+    for path in looked:
+        if path.is_file():
+            return path
     raise ValueError(
-        f"razor: no head profile: {beside} does not exist. Name one with "
-        '--razor-head-profile PATH, or additional_config={"razor": {"head_profile": PATH}}'
+        f"razor: no head profile of {model} in {', '.join(map(str, looked))}. Make one: "
+        f"razor calibrate {model} (or start with --razor-calibrate, or name one with "
+        "--razor-head-profile PATH)"
     )
+
+
+def write_profile(profile: HeadProfile, path: Path) -> None:
+    """Write atomically: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
+    ) as file:
+        file.write(profile.to_json())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)

@@ -8,10 +8,8 @@ razor cpu-setup                     put right what the CPU wheel of vLLM install
 """
 
 import argparse
-import os
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,13 +48,14 @@ def _serve(model: str, options: list[str]) -> None:
 def _calibrate(args: argparse.Namespace) -> None:
     """Run the probe and write the profile."""
     from razor_vllm.calibrate import ProbeOptions, calibrate
-    from razor_vllm.profile import FILE_NAME
+    from razor_vllm.profile import FILE_NAME, cache_path, write_profile
 
-    beside = Path(args.model) / FILE_NAME if Path(args.model).is_dir() else Path(FILE_NAME)
-    output = _writable(args.output or beside, args.force)
+    is_folder = Path(args.model).is_dir()
+    default = Path(args.model) / FILE_NAME if is_folder else cache_path(args.model)
+    output = _writable(args.output or default, args.force, make_folder=not args.output)
     options = ProbeOptions(args.induction, args.echo, args.period, tuple(args.seeds))
     profile = calibrate(args.model, options, args.device_map, args.dtype)
-    _write_atomically(output, profile.to_json())
+    write_profile(profile, output)
     print(
         f"{output}: {profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve; "
         f"choices of {len(args.seeds)} seeds overlap by {profile.made_by['stability']:.0%}"
@@ -80,7 +79,7 @@ def _convert(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from razor_vllm.convert import ModelShape, Selection, convert, write_duo
-    from razor_vllm.profile import FILE_NAME, read_profile
+    from razor_vllm.profile import FILE_NAME, read_profile, write_profile
 
     if args.to_duo is not None:
         if not args.to_duo.is_dir():
@@ -102,19 +101,19 @@ def _convert(args: argparse.Namespace) -> None:
         getattr(config, "head_dim", None) or config.hidden_size // num_heads,
     )
     profile = convert(args.pattern, shape, Selection(args.share, args.threshold))
-    _write_atomically(output, profile.to_json())
+    write_profile(profile, output)
     print(f"{output}: {profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve")
 
 
-def _writable(path: Path, force: bool) -> Path:
-    """The path, if it may be written.
+def _writable(path: Path, force: bool, make_folder: bool = False) -> Path:
+    """The path, if it may be written; with `make_folder` its folder need not exist yet.
 
     Raises:
         ValueError: it exists and is not to be overwritten, or its folder does not.
     """
     if path.exists() and not force:
         raise ValueError(f"{path} exists; --force overwrites it")
-    if not path.parent.is_dir():
+    if not make_folder and not path.parent.is_dir():
         raise ValueError(f"{path.parent} is not a folder")
     return path
 
@@ -122,16 +121,6 @@ def _writable(path: Path, force: bool) -> Path:
 def _fail(message: str) -> NoReturn:
     print(f"razor: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of one."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def main() -> None:
@@ -144,7 +133,7 @@ def main() -> None:
     serve.add_argument("model", help="folder or hub name of the model")
     find = commands.add_parser("calibrate", help="find the retrieval heads of a model")
     find.add_argument("model", help="folder or hub name of the model")
-    find.add_argument("--output", type=Path, help="default: razor_profile.json in its folder")
+    find.add_argument("--output", type=Path, help="default: beside the weights, or the cache")
     find.add_argument("--force", action="store_true", help="overwrite the output")
     find.add_argument("--induction", type=float, default=0.14, help="share of KV heads, by score")
     find.add_argument("--echo", type=float, default=0.01, help="share of KV heads, on top")

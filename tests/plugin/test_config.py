@@ -56,7 +56,7 @@ def test_the_policy_is_on_only_where_asked_for() -> None:
 
 
 def namespace(**flags: object) -> argparse.Namespace:
-    names = ("head_profile", "window", "window_ratio", "sinks", "prefill")
+    names = ("head_profile", "window", "window_ratio", "sinks", "prefill", "calibrate")
     unset = {f"razor_{name}": None for name in names}
     return argparse.Namespace(**{"kv_policy": "full", **unset, **flags})
 

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from razor_vllm.profile import MAX_BYTES, HeadProfile, locate_profile, read_profile
+from razor_vllm.profile import (
+    MAX_BYTES,
+    HeadProfile,
+    cache_path,
+    locate_profile,
+    read_profile,
+    write_profile,
+)
 
 GOOD: dict[str, Any] = {
     "format": "razor-head-profile",
@@ -114,10 +121,19 @@ def test_a_profile_of_another_model_is_refused() -> None:
         profile.check_model(32, 8, 128)
 
 
-def test_the_profile_lies_beside_the_weights(tmp_path: Path) -> None:
-    """Without a path it is looked for there, and the refusal says what to do."""
-    with pytest.raises(ValueError, match="--razor-head-profile PATH"):
+def test_the_profile_lies_beside_the_weights_or_in_the_cache(tmp_path: Path, monkeypatch) -> None:
+    """Without a path it is looked for there, and the refusal says the command to run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=f"razor calibrate {tmp_path} "):
         locate_profile(None, str(tmp_path))
+    with pytest.raises(ValueError, match="razor calibrate some/model "):
+        locate_profile(None, "some/model")
+    profile = HeadProfile(2, 2, 16, ((0,), ()))
+    for model in ("some/model", str(tmp_path)):
+        write_profile(profile, cache_path(model))
+        assert locate_profile(None, model) == cache_path(model)
+        assert read_profile(cache_path(model)) == profile
+    assert cache_path("some/model") != cache_path(str(tmp_path))
     path = write(tmp_path, GOOD)
     assert locate_profile(None, str(tmp_path)) == path
     assert locate_profile("/else/where.json", str(tmp_path)) == Path("/else/where.json")

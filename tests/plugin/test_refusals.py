@@ -6,12 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import make_random_llama
 import pytest
 from engines import NO_HEADS, engine, profile_file
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from razor_vllm.profile import HeadProfile
+from razor_vllm.profile import HeadProfile, read_profile
 from razor_vllm.support import check_engine
 
 RAZOR = {"razor": {"window": 64}}
@@ -170,16 +171,22 @@ def test_layers_that_are_not_covered(model_dir: Path, tmp_path: Path, changes, f
         pass
 
 
-def test_bad_profiles_stop_the_start(model_dir: Path, tmp_path: Path) -> None:
+def test_bad_profiles_stop_the_start(model_dir: Path, tmp_path: Path, monkeypatch) -> None:
     """Missing, of another model, or empty of retrieval heads."""
     with pytest.raises(ValueError, match="cannot read head profile /none.json"):
         create(model_dir, {"razor": {"head_profile": "/none.json"}})
     other = model_with(model_dir, tmp_path, num_key_value_heads=2)
+    make_random_llama.make_model(261, seed=0, num_kv_heads=2).save_pretrained(other)
     with pytest.raises(ValueError, match="this model has 4, 2 and 32"):
         create(other)
     (other / "razor_profile.json").unlink()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="no head profile"):
         create(other)
+    razor = create(other, {"razor": {"calibrate": True}}).additional_config["razor"]
+    made = read_profile(razor["head_profile"])
+    assert (made.num_layers, made.num_kv_heads) == (4, 2)
+    assert Path(razor["head_profile"]).is_relative_to(tmp_path / "cache")
     with pytest.raises(ValueError, match="names no retrieval head"):
         create(model_dir, {"razor": {"head_profile": profile_file(tmp_path, NO_HEADS)}})
 
