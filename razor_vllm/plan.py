@@ -18,6 +18,7 @@ import torch
 
 from razor_kernels import PageLayout, Window
 from razor_vllm.config import RazorConfig
+from razor_vllm.partition import RankHeads
 from razor_vllm.profile import HeadProfile
 
 RETRIEVAL_POOL = "razor.layers.0.retrieval"
@@ -57,23 +58,28 @@ class MemoryPlan:
 
     Args:
         config: of the policy.
-        profile: of the heads.
+        heads: of the rank, and the slots of either pool.
         dtype: of stored K and V.
         blocks: tokens a page of each pool.
     """
 
     config: RazorConfig
-    profile: HeadProfile
+    heads: RankHeads
     dtype: torch.dtype
     blocks: PoolSizes
 
     @property
+    def profile(self) -> HeadProfile:
+        """Of the rank's own heads."""
+        return self.heads.profile
+
+    @property
     def num_retrieval_slots(self) -> int:
-        return self.profile.num_retrieval_heads
+        return self.heads.retrieval_quota
 
     @property
     def num_local_slots(self) -> int:
-        return self.profile.num_heads - self.profile.num_retrieval_heads
+        return self.heads.local_quota
 
     @property
     def window(self) -> Window:
@@ -149,7 +155,7 @@ def full_request_bytes(plan: MemoryPlan, num_tokens: int, block_size: int) -> in
 
 def plan_memory(
     config: RazorConfig,
-    profile: HeadProfile,
+    heads: RankHeads,
     dtype: torch.dtype,
     max_model_len: int,
     block_size: int,
@@ -163,23 +169,22 @@ def plan_memory(
     Raises:
         ValueError: no retrieval head, and the config does not allow it.
     """
-    if profile.num_retrieval_heads == 0 and not config.allow_no_retrieval_heads:
+    if heads.retrieval_quota == 0 and not config.allow_no_retrieval_heads:
         raise ValueError("razor: the head profile names no retrieval head; at least one is needed")
-    if profile.num_retrieval_heads in (0, profile.num_heads):
-        return MemoryPlan(config, profile, dtype, PoolSizes(block_size, block_size))
+    if heads.retrieval_quota == 0 or heads.local_quota == 0:
+        return MemoryPlan(config, heads, dtype, PoolSizes(block_size, block_size))
     plans = [
-        MemoryPlan(config, profile, dtype, PoolSizes(retrieval, local))
+        MemoryPlan(config, heads, dtype, PoolSizes(retrieval, local))
         for local in _LOCAL_BLOCK_SIZES
-        for retrieval in _matching_blocks(profile, dtype, local)
+        for retrieval in _matching_blocks(heads, dtype, local)
     ]
     return min(plans, key=lambda plan: _cost(plan, max_model_len))
 
 
-def _matching_blocks(profile: HeadProfile, dtype: torch.dtype, local: int) -> tuple[int, int]:
+def _matching_blocks(heads: RankHeads, dtype: torch.dtype, local: int) -> tuple[int, int]:
     """Multiples of 16 tokens whose retrieval page is just below, just above a local one."""
-    rows = PageLayout(local, profile.head_size, dtype, has_tail=True).rows
-    local_heads = profile.num_heads - profile.num_retrieval_heads
-    exact = rows * local_heads / profile.num_retrieval_heads
+    rows = PageLayout(local, heads.profile.head_size, dtype, has_tail=True).rows
+    exact = rows * heads.local_quota / heads.retrieval_quota
     below = max(math.floor(exact / _BLOCK_STEP), 1) * _BLOCK_STEP
     return below, below + _BLOCK_STEP
 

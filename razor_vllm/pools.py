@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
@@ -20,6 +22,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from razor_kernels import PageLayout
 from razor_vllm import compat
 from razor_vllm.config import config_of
+from razor_vllm.partition import RankHeads, partition
 from razor_vllm.plan import LOCAL_POOL, RETRIEVAL_POOL, LayerSlots, MemoryPlan, plan_memory
 from razor_vllm.profile import locate_profile, read_profile
 from razor_vllm.specs import pool_specs, register_specs
@@ -74,11 +77,34 @@ class LayerPools(NamedTuple):
     heads: torch.Tensor
 
 
+def rank_heads(vllm_config: VllmConfig, stage: int, tp_rank: int) -> RankHeads:
+    """Heads of one rank of an engine.
+
+    Args:
+        stage: pipeline stage. tp_rank: tensor-parallel rank within it.
+
+    Raises:
+        ValueError: the profile is unreadable or of another model, or does not divide.
+    """
+    config, model = config_of(vllm_config.additional_config), vllm_config.model_config
+    assert config is not None, "the policy was not asked for"
+    profile = read_profile(locate_profile(config.head_profile, model.model))
+    num_layers = model.get_total_num_hidden_layers()
+    profile.check_model(num_layers, model.get_total_num_kv_heads(), model.get_head_size())
+    parallel = vllm_config.parallel_config
+    stages = [
+        range(*get_pp_indices(num_layers, rank, parallel.pipeline_parallel_size))
+        for rank in range(parallel.pipeline_parallel_size)
+    ]
+    ranks = partition(profile, parallel.tensor_parallel_size, stages)
+    return ranks[stage * parallel.tensor_parallel_size + tp_rank]
+
+
 class Attachment:
     """What a worker knows of its pools: the plan, and each layer's heads.
 
     Args:
-        num_layers, num_kv_heads, head_size, dtype: of the loaded model.
+        layers: the attention layers of this rank.
     """
 
     def __init__(self, vllm_config: VllmConfig, layers: dict[str, Attention]) -> None:
@@ -87,10 +113,11 @@ class Attachment:
         first = next(iter(layers.values()))
         self.config = config
         self.dtype = first.kv_cache_torch_dtype
-        self.profile = read_profile(
-            locate_profile(config.head_profile, vllm_config.model_config.model)
+        self.heads = rank_heads(
+            vllm_config, get_pp_group().rank_in_group, get_tensor_model_parallel_rank()
         )
-        self.profile.check_model(len(layers), first.num_kv_heads, first.head_size)
+        found = (len(layers), first.num_kv_heads, first.head_size)
+        self.heads.profile.check_model(*found)
         self.layer_index = {
             name: index for index, name in enumerate(sorted(layers, key=extract_layer_index))
         }
@@ -99,7 +126,7 @@ class Attachment:
         """The plan; vLLM settles its block size only after the model is loaded."""
         return plan_memory(
             self.config,
-            self.profile,
+            self.heads,
             self.dtype,
             vllm_config.model_config.max_model_len,
             vllm_config.cache_config.block_size,

@@ -8,7 +8,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from razor_vllm.config import config_of
 from razor_vllm.plan import MemoryPlan, PoolSizes, full_request_bytes
-from razor_vllm.profile import locate_profile, read_profile
+from razor_vllm.pools import rank_heads
 from razor_vllm.specs import LocalSpec, RetrievalSpec, register_specs
 
 logger = init_logger("vllm.razor")
@@ -54,10 +54,9 @@ def check_attached(kv_cache_specs: list[dict[str, KVCacheSpec]]) -> None:
 
 
 def plan_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> MemoryPlan:
-    """The plan that an engine's pools follow."""
+    """The plan that the pools of an engine's first rank follow; all ranks' cost the same."""
     config = config_of(vllm_config.additional_config)
     assert config is not None, "the policy was not asked for"
-    profile = read_profile(locate_profile(config.head_profile, vllm_config.model_config.model))
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     first = specs[0]
     assert isinstance(first, RetrievalSpec | LocalSpec)
@@ -66,7 +65,7 @@ def plan_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> MemoryPl
     blocks = PoolSizes(
         sizes.get(RetrievalSpec, first.block_size), sizes.get(LocalSpec, first.block_size)
     )
-    return MemoryPlan(config, profile, first.dtype, blocks)
+    return MemoryPlan(config, rank_heads(vllm_config, 0, 0), first.dtype, blocks)
 
 
 def request_memory(

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from razor_vllm.config import RazorConfig
+from razor_vllm.partition import whole
 from razor_vllm.plan import full_request_bytes, plan_memory
 from razor_vllm.profile import HeadProfile
 
@@ -45,7 +46,7 @@ def text(profile: HeadProfile, window: int, lengths: Sequence[int]) -> str:
     lines.append(f"KV bytes a decoding request, bf16, window {window:,}:")
     for length in lengths:
         config = RazorConfig(window=min(window, length), allow_no_retrieval_heads=True)
-        plan = plan_memory(config, profile, torch.bfloat16, max(lengths), _FULL_BLOCK_SIZE)
+        plan = plan_memory(config, whole(profile), torch.bfloat16, max(lengths), _FULL_BLOCK_SIZE)
         held = plan.request_bytes(length)
         full = full_request_bytes(plan, length, _FULL_BLOCK_SIZE)
         lines.append(f"  {length:>9,} tokens {held:>16,} of {full:>16,} ({held / full:.1%})")

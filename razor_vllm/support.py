@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionType
 
 COVERED = (
     "decoder models whose layers are all full attention with rotary embeddings, "
-    "bf16, fp16 or fp32 KV cache, on one device"
+    "bf16, fp16 or fp32 KV cache"
 )
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,8 +43,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
         raise _refuse(f"a KV cache of {cache.cache_dtype}")
     for name, size in (
-        ("tensor parallelism", parallel.tensor_parallel_size),
-        ("pipeline parallelism", parallel.pipeline_parallel_size),
         ("decode context parallelism", parallel.decode_context_parallel_size),
         ("prefill context parallelism", parallel.prefill_context_parallel_size),
     ):

@@ -20,6 +20,7 @@ from vllm.v1.request import Request
 
 from razor_kernels import DENSE_FOREVER
 from razor_vllm.config import RazorConfig
+from razor_vllm.partition import whole
 from razor_vllm.plan import MemoryPlan, PoolSizes
 from razor_vllm.policy import dense_until
 from razor_vllm.profile import HeadProfile
@@ -28,7 +29,7 @@ from razor_vllm.specs import pool_specs, register_specs
 register_specs()
 init_none_hash(sha256)
 
-PROFILE = HeadProfile(2, 2, 16, ((0,), ()))
+HEADS = whole(HeadProfile(2, 2, 16, ((0,), ())))
 RETRIEVAL, LOCAL = 0, 1
 CHUNK = 40
 
@@ -290,7 +291,7 @@ def apply(world: World, operation: tuple) -> None:
 @settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
 def test_random_sequences(config, blocks, num_blocks, caching, sequence) -> None:
     """No leak, no double reference, no page read that holds other values than a miss."""
-    world = World(MemoryPlan(config, PROFILE, torch.float32, blocks), num_blocks, caching)
+    world = World(MemoryPlan(config, HEADS, torch.float32, blocks), num_blocks, caching)
     for operation in sequence:
         apply(world, operation)
         world.check_pool()
@@ -308,7 +309,7 @@ def test_random_sequences(config, blocks, num_blocks, caching, sequence) -> None
 def test_opt_out_holds_every_page() -> None:
     """A request that is never compressed frees nothing."""
     config = RazorConfig(window=16, prefill="windowed")
-    plan = MemoryPlan(config, PROFILE, torch.float32, PoolSizes(48, 16))
+    plan = MemoryPlan(config, HEADS, torch.float32, PoolSizes(48, 16))
     world = World(plan, 100, True)
     world.add([7] * 30, "full")
     for _ in range(120):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from razor_vllm.config import RazorConfig
+from razor_vllm.partition import whole
 from razor_vllm.plan import full_request_bytes, plan_memory
 from razor_vllm.profile import HeadProfile
 from razor_vllm.specs import pool_specs
@@ -33,7 +34,7 @@ def profiles(draw) -> HeadProfile:
 def test_every_head_has_one_slot_and_pages_are_equal(profile, dtype, max_model_len) -> None:
     """Slots of a layer are contiguous, no two heads share one; pages hold the same bytes."""
     config = RazorConfig(window=256, allow_no_retrieval_heads=True)
-    plan = plan_memory(config, profile, dtype, max_model_len, 16)
+    plan = plan_memory(config, whole(profile), dtype, max_model_len, 16)
     next_retrieval = next_local = 0
     for layer in range(profile.num_layers):
         retrieval, local = plan.retrieval_slots(layer), plan.local_slots(layer)
@@ -51,9 +52,9 @@ def test_no_retrieval_head_is_refused() -> None:
     """A profile without retrieval heads is a mistake, unless that is what is measured."""
     profile = HeadProfile(1, 2, 64, ((),))
     with pytest.raises(ValueError, match="names no retrieval head"):
-        plan_memory(RazorConfig(), profile, torch.bfloat16, 4096, 16)
+        plan_memory(RazorConfig(), whole(profile), torch.bfloat16, 4096, 16)
     config = RazorConfig(allow_no_retrieval_heads=True)
-    assert plan_memory(config, profile, torch.bfloat16, 4096, 16).num_retrieval_slots == 0
+    assert plan_memory(config, whole(profile), torch.bfloat16, 4096, 16).num_retrieval_slots == 0
 
 
 def published(name: str) -> HeadProfile:
@@ -77,7 +78,7 @@ def test_published_head_sets_keep_a_quarter_at_32k(name: str, heads: int) -> Non
     """At 32k tokens and the default window a request costs at most 30 % of the full cache."""
     profile = published(name)
     assert profile.num_retrieval_heads == heads
-    plan = plan_memory(RazorConfig(), profile, torch.bfloat16, 131072, 16)
+    plan = plan_memory(RazorConfig(), whole(profile), torch.bfloat16, 131072, 16)
     assert max(plan.padding_share()) < 0.05
     assert math.lcm(*plan.blocks) <= 512
     assert plan.request_bytes(32768) <= 0.30 * full_request_bytes(plan, 32768, 16)

@@ -34,8 +34,6 @@ MODEL = (
     "is_mm_prefix_lm",
 )
 PARALLEL = (
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
     "enable_dbo",
@@ -62,8 +60,6 @@ def create(model: Path, additional_config: dict[str, Any] = RAZOR, **options: An
     ("options", "found"),
     [
         ({"kv_cache_dtype": "fp8"}, "a KV cache of fp8"),
-        ({"tensor_parallel_size": 2}, "tensor parallelism of 2"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism of 2"),
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"runner": "pooling"}, "a pooling model"),
         (

@@ -1,0 +1,109 @@
+"""Heads over ranks: tensor and pipeline parallelism.
+
+vLLM wants every rank's pools to be alike, while ranks hold different heads. So a rank's
+slots are quotas, equal on all ranks:
+
+    retrieval quota   the most retrieval heads that one rank holds
+    local quota       the most local heads that are left on one rank
+
+A rank with spare retrieval slots promotes its best-scoring local heads into them; what it
+cannot fill stays empty.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from razor_vllm.profile import HeadProfile
+
+
+@dataclass(frozen=True)
+class RankHeads:
+    """The heads of one rank, and the quotas of all.
+
+    Args:
+        layers: of the model, on this rank. first_head: its first KV head.
+        profile: of this rank's layers and heads alone, promoted ones among the
+            retrieval heads.
+        promoted: local heads that took a spare retrieval slot, as (layer, KV head) of the model.
+        retrieval_quota, local_quota: slots of either pool.
+    """
+
+    layers: range
+    first_head: int
+    profile: HeadProfile
+    promoted: tuple[tuple[int, int], ...]
+    retrieval_quota: int
+    local_quota: int
+
+
+def partition(
+    profile: HeadProfile, tp_size: int = 1, stages: Sequence[range] | None = None
+) -> tuple[RankHeads, ...]:
+    """Heads of every rank; stage by stage, tensor-parallel ranks within.
+
+    Args:
+        tp_size: tensor-parallel ranks. With more ranks than KV heads, vLLM gives a head to
+            several ranks.
+        stages: layers of each pipeline stage; one stage by default.
+
+    Raises:
+        ValueError: KV heads that do not divide over the ranks.
+    """
+    stages = stages or (range(profile.num_layers),)
+    ranks = [
+        _own_heads(profile, layers, tp_size, rank) for layers in stages for rank in range(tp_size)
+    ]
+    quota = max(rank.profile.num_retrieval_heads for rank in ranks)
+    ranks = [_promote(rank, profile, quota) for rank in ranks]
+    local = max(r.profile.num_heads - r.profile.num_retrieval_heads for r in ranks)
+    return tuple(replace(rank, retrieval_quota=quota, local_quota=local) for rank in ranks)
+
+
+def whole(profile: HeadProfile) -> RankHeads:
+    """All heads on one device."""
+    return partition(profile)[0]
+
+
+def _own_heads(profile: HeadProfile, layers: range, tp_size: int, rank: int) -> RankHeads:
+    total = profile.num_kv_heads
+    if total % tp_size and tp_size % total:
+        raise ValueError(f"{total} KV heads do not divide over {tp_size} tensor-parallel ranks")
+    count = max(total // tp_size, 1)
+    first = rank * count if total >= tp_size else rank // (tp_size // total)
+    heads = range(first, first + count)
+    own = HeadProfile(
+        num_layers=len(layers),
+        num_kv_heads=count,
+        head_size=profile.head_size,
+        retrieval_heads=tuple(
+            tuple(head - first for head in profile.retrieval_heads[layer] if head in heads)
+            for layer in layers
+        ),
+    )
+    return RankHeads(layers, first, own, (), 0, 0)
+
+
+def _promote(rank: RankHeads, profile: HeadProfile, quota: int) -> RankHeads:
+    """Fill spare retrieval slots with the rank's best local heads."""
+    own = rank.profile
+    spare = quota - own.num_retrieval_heads
+    ranked = sorted(
+        (-_score(profile, layer, rank.first_head + head), at, head)
+        for at, layer in enumerate(rank.layers)
+        for head in own.local_heads(at)
+    )
+    taken = {(at, head) for _, at, head in ranked[:spare]}
+    rows = tuple(
+        tuple(sorted({*heads, *(head for layer, head in taken if layer == at)}))
+        for at, heads in enumerate(own.retrieval_heads)
+    )
+    promoted = tuple(sorted((rank.layers[at], rank.first_head + head) for at, head in taken))
+    return replace(rank, profile=replace(own, retrieval_heads=rows), promoted=promoted)
+
+
+def _score(profile: HeadProfile, layer: int, head: int) -> float:
+    """Induction score where there is one, else the best of the scores there are."""
+    scores = profile.scores
+    if "induction" in scores:
+        return scores["induction"][layer][head]
+    return max((rows[layer][head] for rows in scores.values()), default=0.0)

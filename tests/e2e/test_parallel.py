@@ -1,0 +1,69 @@
+"""Tensor parallelism: the tokens of one device.
+
+Pipeline parallelism is planned by the same code (tests/plugin/test_partition.py) but does
+not run here: vLLM 0.32's CPU build fails with it, with and without the plugin.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engines import answers, engine, profile_file, prompts
+
+from razor_vllm.partition import partition
+from razor_vllm.profile import read_profile
+
+pytestmark = pytest.mark.engine
+
+TESTS = Path(__file__).parents[1]
+LENGTHS = [3, 97, 300]
+# Each of two ranks holds three of these.
+EVEN = [[0, 2], [1], [0, 2], [3]]
+# Heads 0 and 1 alone: the second tensor-parallel rank promotes as many.
+ONE_SIDED = [[0, 1], [0], [1], []]
+
+
+@pytest.mark.parametrize(
+    ("heads", "promotes"), [(EVEN, False), (ONE_SIDED, True)], ids=["even", "one-sided"]
+)
+def test_two_ranks_answer_as_one_device(model_dir: Path, tmp_path: Path, heads, promotes) -> None:
+    """Same tokens as one device that keeps the same heads, promoted ones included."""
+    razor = {"head_profile": profile_file(tmp_path, heads), "window": 64}
+    options = {"max_model_len": 1024, "max_num_batched_tokens": 256}
+    job = {
+        "razor": razor,
+        "options": {
+            **options,
+            "tensor_parallel_size": 2,
+            "distributed_executor_backend": "mp",
+        },
+        "lengths": LENGTHS,
+        "max_tokens": 16,
+    }
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, [TESTS, TESTS.parent / "models"])),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    script = str(TESTS / "e2e" / "parallel_answers.py")
+    command = [sys.executable, script, str(model_dir), json.dumps(job)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert lines, done.stderr[-4000:]
+    rounds = json.loads(lines[-1].removeprefix("RESULT "))
+
+    kept = [set(row) for row in heads]
+    for rank in partition(read_profile(razor["head_profile"]), tp_size=2):
+        for layer, head in rank.promoted:
+            kept[layer].add(head)
+    assert ([sorted(row) for row in kept] != heads) == promotes
+    razor = {**razor, "head_profile": profile_file(tmp_path, [sorted(row) for row in kept])}
+    with engine(model_dir, razor, **options) as llm:
+        want = answers(llm, prompts(LENGTHS), 16)
+    for got in rounds:
+        assert [tokens for tokens, _ in got] == [list(answer.tokens) for answer in want]
