@@ -13,6 +13,8 @@ cannot fill stays empty.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vllm.distributed.utils import get_pp_indices
+
 from razor_vllm.profile import HeadProfile
 
 
@@ -57,6 +59,17 @@ def partition(
     ranks = [_promote(rank, profile, quota) for rank in ranks]
     local = max(r.profile.num_heads - r.profile.num_retrieval_heads for r in ranks)
     return tuple(replace(rank, retrieval_quota=quota, local_quota=local) for rank in ranks)
+
+
+def pipeline_stages(num_layers: int, pp_size: int) -> list[range]:
+    """Layers of each pipeline stage, as vLLM cuts them.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    if not 1 <= pp_size <= num_layers:
+        raise ValueError(f"{num_layers} layers do not make {pp_size} pipeline stages")
+    return [range(*get_pp_indices(num_layers, rank, pp_size)) for rank in range(pp_size)]
 
 
 def whole(profile: HeadProfile) -> RankHeads:

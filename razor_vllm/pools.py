@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
-from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
@@ -22,7 +21,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from razor_kernels import PageLayout
 from razor_vllm import compat
 from razor_vllm.config import config_of
-from razor_vllm.partition import RankHeads, partition
+from razor_vllm.partition import RankHeads, partition, pipeline_stages
 from razor_vllm.plan import LOCAL_POOL, RETRIEVAL_POOL, LayerSlots, MemoryPlan, plan_memory
 from razor_vllm.profile import locate_profile, read_profile
 from razor_vllm.specs import pool_specs, register_specs
@@ -92,10 +91,7 @@ def rank_heads(vllm_config: VllmConfig, stage: int, tp_rank: int) -> RankHeads:
     num_layers = model.get_total_num_hidden_layers()
     profile.check_model(num_layers, model.get_total_num_kv_heads(), model.get_head_size())
     parallel = vllm_config.parallel_config
-    stages = [
-        range(*get_pp_indices(num_layers, rank, parallel.pipeline_parallel_size))
-        for rank in range(parallel.pipeline_parallel_size)
-    ]
+    stages = pipeline_stages(num_layers, parallel.pipeline_parallel_size)
     ranks = partition(profile, parallel.tensor_parallel_size, stages)
     return ranks[stage * parallel.tensor_parallel_size + tp_rank]
 

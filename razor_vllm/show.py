@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from razor_vllm.config import RazorConfig
-from razor_vllm.partition import whole
+from razor_vllm.partition import pipeline_stages, partition, whole
 from razor_vllm.plan import full_request_bytes, plan_memory
 from razor_vllm.profile import HeadProfile
 
@@ -50,6 +50,54 @@ def text(profile: HeadProfile, window: int, lengths: Sequence[int]) -> str:
         held = plan.request_bytes(length)
         full = full_request_bytes(plan, length, _FULL_BLOCK_SIZE)
         lines.append(f"  {length:>9,} tokens {held:>16,} of {full:>16,} ({held / full:.1%})")
+    return "\n".join(lines)
+
+
+def plan_text(
+    profile: HeadProfile,
+    config: RazorConfig,
+    tp_size: int,
+    pp_size: int,
+    max_model_len: int,
+    kv_bytes: int,
+    dtype: torch.dtype,
+) -> str:
+    """Slots of each rank, what evening-out costs, and requests that fit.
+
+    Args:
+        max_model_len: tokens of a request. kv_bytes: KV memory of one rank.
+
+    Raises:
+        ValueError: heads or layers that do not divide, or memory below one request.
+    """
+    ranks = partition(profile, tp_size, pipeline_stages(profile.num_layers, pp_size))
+    plans = [plan_memory(config, rank, dtype, max_model_len, _FULL_BLOCK_SIZE) for rank in ranks]
+    first = plans[0]
+    lines = [
+        f"{len(ranks)} ranks (tp {tp_size}, pp {pp_size}): {ranks[0].retrieval_quota} retrieval "
+        f"and {ranks[0].local_quota} local slots each"
+    ]
+    for number, rank in enumerate(ranks):
+        own = rank.profile
+        promoted = ", ".join(f"{layer}.{head}" for layer, head in rank.promoted) or "none"
+        lines.append(
+            f"  rank {number}: layers {rank.layers.start}-{rank.layers.stop - 1}, KV heads "
+            f"{rank.first_head}-{rank.first_head + own.num_kv_heads - 1}, "
+            f"{own.num_retrieval_heads} retrieve, promoted (layer.head): {promoted}"
+        )
+    held = first.request_bytes(max_model_len)
+    one = plan_memory(config, whole(profile), dtype, max_model_len, _FULL_BLOCK_SIZE)
+    copies = max(tp_size // profile.num_kv_heads, 1)
+    ideal = one.request_bytes(max_model_len) * copies
+    full = full_request_bytes(first, max_model_len, _FULL_BLOCK_SIZE)
+    pages = kv_bytes // first.page_bytes - 1  # vLLM keeps one for itself
+    fit = max(pages, 0) // first.request_pages(max_model_len)
+    lines += [
+        f"a decoding request of {max_model_len:,} tokens holds {held:,} bytes a rank "
+        f"({held / full:.1%} of the full policy's {full:,})",
+        f"evening-out costs {held * len(ranks) / ideal - 1:.1%} over one device's layout",
+        f"{fit} such requests fit {kv_bytes:,} bytes a rank (full policy: {kv_bytes // full})",
+    ]
     return "\n".join(lines)
 
 

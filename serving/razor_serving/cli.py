@@ -3,6 +3,7 @@
 razor serve MODEL [vLLM options]    vllm serve MODEL --kv-policy razor [vLLM options]
 razor calibrate MODEL               find the retrieval heads, write razor_profile.json
 razor show PROFILE                  heads in the terminal and as a picture
+razor plan PROFILE                  slots and memory under tensor and pipeline parallelism
 razor convert PATTERN --model M     a published pattern into a profile, or back
 razor cpu-setup                     put right what the CPU wheel of vLLM installs
 """
@@ -72,6 +73,34 @@ def _show(args: argparse.Namespace) -> None:
     if args.png is not None:
         draw(profile, _writable(args.png, args.force))
         print(f"drawn: {args.png}")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    """Print a profile's slots and memory over ranks."""
+    import torch
+
+    from razor_vllm.config import RazorConfig
+    from razor_vllm.profile import read_profile
+    from razor_vllm.show import plan_text
+
+    config = RazorConfig(
+        window=args.window,
+        window_ratio=args.window_ratio,
+        sinks=args.sinks,
+        allow_no_retrieval_heads=True,
+    )
+    config.check_lengths(args.max_model_len)
+    print(
+        plan_text(
+            read_profile(args.profile),
+            config,
+            args.tp,
+            args.pp,
+            args.max_model_len,
+            int(args.kv_memory * 1024**3),
+            getattr(torch, args.dtype),
+        )
+    )
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -147,6 +176,16 @@ def main() -> None:
     show.add_argument("--window", type=int, default=4096)
     show.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768, 131072])
     show.add_argument("--force", action="store_true", help="overwrite the picture")
+    plan = commands.add_parser("plan", help="slots and memory over ranks")
+    plan.add_argument("profile", type=Path)
+    plan.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    plan.add_argument("--pp", type=int, default=1, help="pipeline stages")
+    plan.add_argument("--max-model-len", type=int, default=131072, help="tokens of a request")
+    plan.add_argument("--kv-memory", type=float, required=True, help="GiB a rank")
+    plan.add_argument("--window", type=int, default=4096)
+    plan.add_argument("--window-ratio", type=float, default=0.0)
+    plan.add_argument("--sinks", type=int, default=4)
+    plan.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     convert = commands.add_parser("convert", help="read or write others' head patterns")
     convert.add_argument("pattern", type=Path, help="a pattern; with --to-duo, a profile")
     convert.add_argument("--model", help="folder or hub name of the model")
@@ -167,7 +206,7 @@ def main() -> None:
     if args.command == "cpu-setup":
         cpu_setup.main()
         return
-    run = {"calibrate": _calibrate, "show": _show, "convert": _convert}[args.command]
+    run = {"calibrate": _calibrate, "show": _show, "plan": _plan, "convert": _convert}[args.command]
     try:
         run(args)
     except (ValueError, NotImplementedError, OSError) as error:

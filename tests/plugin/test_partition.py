@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from razor_vllm.partition import partition
+from razor_vllm.partition import partition, pipeline_stages
 from razor_vllm.profile import HeadProfile
 
 
@@ -84,6 +84,13 @@ def test_evening_out_by_hand() -> None:
     assert second.promoted == ((0, 2), (0, 3), (1, 2))
     assert second.profile.retrieval_heads == ((0, 1), (0,))
     assert (second.retrieval_quota, second.local_quota) == (3, 1)
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    """Every stage has a layer."""
+    assert pipeline_stages(7, 2) == [range(4), range(4, 7)]
+    with pytest.raises(ValueError, match="4 layers do not make 5 pipeline stages"):
+        pipeline_stages(4, 5)
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:

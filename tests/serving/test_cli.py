@@ -99,3 +99,19 @@ def test_convert_reads_and_writes(model_dir: Path, tmp_path: Path, monkeypatch, 
         assert stop.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert read_profile(output).retrieval_heads == ((0,),) * 4
+
+
+def test_plan_prints_slots_and_what_fits(model_dir: Path, monkeypatch, capsys) -> None:
+    """Ranks, quotas, requests that fit; what does not divide is one line."""
+    profile = str(model_dir / "razor_profile.json")
+    plan = ["plan", profile, "--kv-memory", "0.25", "--max-model-len", "8192", "--window", "256"]
+    razor(monkeypatch, *plan, "--tp", "2", "--pp", "2")
+    out = capsys.readouterr().out
+    assert "4 ranks (tp 2, pp 2): 2 retrieval and 2 local slots each" in out
+    assert "rank 1: layers 0-1, KV heads 2-3, 2 retrieve" in out
+    assert "such requests fit 268,435,456 bytes a rank" in out
+    for arguments in (["--tp", "3"], ["--pp", "9"], ["--window", "9000"]):
+        with pytest.raises(SystemExit) as stop:
+            razor(monkeypatch, *plan, *arguments)
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
