@@ -185,8 +185,16 @@ def select(gates: Rows, selection: Selection) -> tuple[tuple[int, ...], ...]:
     )
 
 
-def _from_tsv(path: Path, selection: Selection) -> tuple[tuple[tuple[int, ...], ...], dict]:
+def _from_tsv(
+    path: Path, shape: ModelShape, selection: Selection
+) -> tuple[tuple[tuple[int, ...], ...], dict[str, Rows]]:
     gates = parse_tsv(_read(path).decode("utf-8"))
+    found = (len(gates), len(gates[0]))
+    if found != (shape.num_layers, shape.num_kv_heads):
+        raise ValueError(
+            f"has {found[0]} layers of {found[1]} KV heads; the model has "
+            f"{shape.num_layers} of {shape.num_kv_heads}"
+        )
     if selection == Selection() and all(x in (0.0, 1.0) for row in gates for x in row):
         return tuple(tuple(h for h, x in enumerate(row) if x) for row in gates), {}
     return select(gates, selection), {"gate": gates}
@@ -214,7 +222,7 @@ def convert(path: Path, shape: ModelShape, selection: Selection) -> HeadProfile:
     scores: dict[str, Rows] = {}
     try:
         if source.suffix == ".tsv":
-            heads, scores = _from_tsv(source, selection)
+            heads, scores = _from_tsv(source, shape, selection)
         elif source.suffix == ".pt":
             heads = _from_pt(source, shape)
         elif source.suffix == ".json":
@@ -226,12 +234,6 @@ def convert(path: Path, shape: ModelShape, selection: Selection) -> HeadProfile:
                 heads = heads_of_sets([data], shape)
         else:
             raise ValueError("accepted are .tsv, .pt, .json and folders of DuoAttention's form")
-        found = (len(heads), len(scores["gate"][0]) if "gate" in scores else shape.num_kv_heads)
-        if found != (shape.num_layers, shape.num_kv_heads):
-            raise ValueError(
-                f"has {found[0]} layers of {found[1]} KV heads; the model has "
-                f"{shape.num_layers} of {shape.num_kv_heads}"
-            )
         return HeadProfile(
             shape.num_layers,
             shape.num_kv_heads,

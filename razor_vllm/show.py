@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from razor_vllm.config import RazorConfig
-from razor_vllm.partition import pipeline_stages, partition, whole
+from razor_vllm.partition import partition, pipeline_stages, whole
 from razor_vllm.plan import full_request_bytes, plan_memory
 from razor_vllm.profile import HeadProfile
 

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from razor_kernels.layout import PageLayout
 from razor_kernels.window import DENSE_FOREVER, Window
 
-
 _MAX_QUERIES = 512
 """Queries of a segment that needs a mask: bounds the mask, and what a window reads in vain."""
 

@@ -90,6 +90,7 @@ class Hostile:
         ("a.tsv", "-0.1\t0.2\n0\t0\n", "line 1: gates lie in 0 to 1"),
         ("a.tsv", "0.1\t0.2\n", "has 1 layers of 2 KV heads; the model has 2 of 2"),
         ("a.tsv", "0.1\t0.2\t0.3\n" * 2, "has 2 layers of 3 KV heads"),
+        ("a.tsv", "0\n1\n", "has 2 layers of 1 KV heads"),
         ("a.tsv", b"\xff\xfe\x00", "codec can't decode"),
         ("a.pt", pickle.dumps(Hostile()), "it was not run"),
         ("a.pt", b"PK\x03\x04 cut", "it was not run"),
