@@ -103,6 +103,8 @@ def report_lines(
         f"KV policy razor: {profile.num_retrieval_heads} of {profile.num_heads} KV heads "
         f"retrieve ({profile.num_retrieval_heads / profile.num_heads:.1%}), "
         f"{config.prefill} prefill",
+        "  retrieval heads by layer: "
+        + " ".join(str(len(heads)) for heads in profile.retrieval_heads),
         f"  local heads keep {config.sinks} sinks, a window of {window}"
         + (" and a compensation slot" if config.compensation else ", NO compensation"),
         f"  page: {plan.page_bytes:,} bytes = {plan.blocks.retrieval} tokens of "

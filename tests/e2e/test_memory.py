@@ -89,5 +89,6 @@ def test_report_says_what_the_pool_gives(model_dir: Path) -> None:
         lines = report_lines(plan, 8192, config.num_blocks, block_size)
     text = "\n".join(lines)
     assert "4 of 16 KV heads retrieve (25.0%)" in text
+    assert "retrieval heads by layer: 1 1 1 1" in text
     assert f"{plan.request_bytes(4096):,}" in text
     assert f"{plan.request_bytes(8192):,}" in text
