@@ -14,12 +14,13 @@ import json
 import math
 import pickle
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from razor_vllm.profile import MAX_BYTES, HeadProfile
+from razor_vllm.profile import HeadProfile, read_bounded
 
 DUO_FILE = "full_attention_heads.tsv"
 Rows = tuple[tuple[float, ...], ...]
@@ -44,17 +45,6 @@ class Selection(NamedTuple):
 
     share: float | None = None
     threshold: float | None = None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{path} is over {MAX_BYTES // 1024**2} MB")
-    return raw
 
 
 def parse_tsv(text: str) -> Rows:
@@ -186,9 +176,9 @@ def select(gates: Rows, selection: Selection) -> tuple[tuple[int, ...], ...]:
 
 
 def _from_tsv(
-    path: Path, shape: ModelShape, selection: Selection
+    raw: bytes, shape: ModelShape, selection: Selection
 ) -> tuple[tuple[tuple[int, ...], ...], dict[str, Rows]]:
-    gates = parse_tsv(_read(path).decode("utf-8"))
+    gates = parse_tsv(raw.decode("utf-8"))
     found = (len(gates), len(gates[0]))
     if found != (shape.num_layers, shape.num_kv_heads):
         raise ValueError(
@@ -200,10 +190,9 @@ def _from_tsv(
     return select(gates, selection), {"gate": gates}
 
 
-def _from_pt(path: Path, shape: ModelShape) -> tuple[tuple[int, ...], ...]:
-    _read(path)  # the size
+def _from_pt(raw: bytes, shape: ModelShape) -> tuple[tuple[int, ...], ...]:
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = torch.load(BytesIO(raw), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
         raise ValueError("is not a file of plain lists and numbers; it was not run") from error
     names = ("prefix_matching", "copying")
@@ -220,13 +209,14 @@ def convert(path: Path, shape: ModelShape, selection: Selection) -> HeadProfile:
     """
     source = path / DUO_FILE if path.is_dir() else path
     scores: dict[str, Rows] = {}
+    raw = read_bounded(source, "pattern")
     try:
         if source.suffix == ".tsv":
-            heads, scores = _from_tsv(source, shape, selection)
+            heads, scores = _from_tsv(raw, shape, selection)
         elif source.suffix == ".pt":
-            heads = _from_pt(source, shape)
+            heads = _from_pt(raw, shape)
         elif source.suffix == ".json":
-            data = _json(_read(source))
+            data = _json(raw)
             if all("-" in key for key in data):
                 scores = {"importance": scores_of_ranking(data, shape)}
                 heads = select(scores["importance"], selection)

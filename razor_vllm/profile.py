@@ -179,6 +179,25 @@ def _rows(data: dict[str, Any], key: str) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(row) for row in rows)
 
 
+def read_bounded(path: Path, what: str) -> bytes:
+    """Contents of a file of at most 16 MB.
+
+    Args:
+        what: what the file is, for the refusal.
+
+    Raises:
+        ValueError: the file is missing, unreadable or larger.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"razor: cannot read {what} {path}: {error.strerror}") from error
+    if len(raw) > MAX_BYTES:
+        raise ValueError(f"razor: {what} {path} is over {MAX_BYTES // 1024**2} MB")
+    return raw
+
+
 def read_profile(path: str | os.PathLike[str]) -> HeadProfile:
     """Read and check a head profile.
 
@@ -186,13 +205,7 @@ def read_profile(path: str | os.PathLike[str]) -> HeadProfile:
         ValueError: the file is missing, unreadable, over 16 MB or does not fit.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"razor: cannot read head profile {path}: {error.strerror}") from error
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"razor: head profile {path} is over {MAX_BYTES // 1024**2} MB")
+    raw = read_bounded(path, "head profile")
     try:
         return HeadProfile.from_json(raw.decode("utf-8"))
     except ValueError as error:

@@ -2,7 +2,11 @@
 
 import contextlib
 import gc
+import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +16,7 @@ from make_random_llama import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS
 from razor_vllm.profile import HeadProfile
 
 MAX_LEN = 8192
+TESTS = Path(__file__).parent
 
 
 class Answer(NamedTuple):
@@ -73,6 +78,20 @@ def answers(
         )
         for out in outputs
     ]
+
+
+def run_script(
+    name: str, model: Path, job: dict[str, Any], env: dict[str, str], paths: Sequence[Path] = ()
+) -> Any:
+    """What a script of tests/e2e prints after RESULT, from a process of its own."""
+    python_path = [TESTS, TESTS.parent / "models", *paths]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, python_path)), **env}
+    command = [sys.executable, str(TESTS / "e2e" / name), str(model), json.dumps(job)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert lines, done.stderr[-4000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))
 
 
 def manager_of(llm: Any) -> Any:

@@ -4,21 +4,16 @@ Pipeline parallelism is planned by the same code (tests/plugin/test_partition.py
 not run here: vLLM 0.32's CPU build fails with it, with and without the plugin.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from engines import answers, engine, profile_file, prompts
+from engines import answers, engine, profile_file, prompts, run_script
 
 from razor_vllm.partition import partition
 from razor_vllm.profile import read_profile
 
 pytestmark = pytest.mark.engine
 
-TESTS = Path(__file__).parents[1]
 LENGTHS = [3, 97, 300]
 # Each of two ranks holds three of these.
 EVEN = [[0, 2], [1], [0, 2], [3]]
@@ -43,19 +38,8 @@ def test_two_ranks_answer_as_one_device(model_dir: Path, tmp_path: Path, heads, 
         "lengths": LENGTHS,
         "max_tokens": 16,
     }
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, [TESTS, TESTS.parent / "models"])),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    script = str(TESTS / "e2e" / "parallel_answers.py")
-    command = [sys.executable, script, str(model_dir), json.dumps(job)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert lines, done.stderr[-4000:]
-    rounds = json.loads(lines[-1].removeprefix("RESULT "))
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    rounds = run_script("parallel_answers.py", model_dir, job, env)
 
     kept = [set(row) for row in heads]
     for rank in partition(read_profile(razor["head_profile"]), tp_size=2):

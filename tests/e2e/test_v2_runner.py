@@ -1,18 +1,13 @@
 """The V2 model runner, the default on CUDA: the same tokens as the V1 runner's."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import SOME_HEADS, answers, engine, profile_file, prompts
+from engines import SOME_HEADS, TESTS, answers, engine, profile_file, prompts, run_script
 
 pytestmark = pytest.mark.engine
 
-TESTS = Path(__file__).parents[1]
 LENGTHS = [1, 33, 96, 150]
 FULL = {"extra_args": {"kv_policy": "full"}}
 OPTIONS = {"max_model_len": 512, "max_num_batched_tokens": 64, "max_num_seqs": 4}
@@ -20,22 +15,13 @@ OPTIONS = {"max_model_len": 512, "max_num_batched_tokens": 64, "max_num_seqs": 4
 
 def run_v2(model: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Answers of an engine on the V2 runner, from a process of its own."""
-    paths = [TESTS, TESTS.parent / "models", TESTS / "stubs" / "triton_cpu"]
     env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
         "TRITON_INTERPRET": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         # Skips a warm-up whose dummy logits upset the interpreted sampler.
         "VLLM_CPU_CI_ENV": "1",
     }
-    script = str(TESTS / "e2e" / "v2_answers.py")
-    command = [sys.executable, script, str(model), json.dumps(job)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert lines, done.stderr[-4000:]
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    return run_script("v2_answers.py", model, job, env, [TESTS / "stubs" / "triton_cpu"])
 
 
 @pytest.mark.parametrize("prefill", ["exact", "windowed"])
