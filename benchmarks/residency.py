@@ -53,7 +53,7 @@ def measure(model: str, job: dict[str, Any]) -> dict[str, Any]:
         disable_log_stats=True,
         additional_config={"razor": razor} if razor else {},
     )
-    engine = llm.llm_engine
+    engine: Any = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     pool, config = scheduler.kv_cache_manager.block_pool, scheduler.kv_cache_config
     page_bytes = config.kv_cache_tensors[0].size // config.num_blocks
