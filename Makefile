@@ -1,7 +1,7 @@
 # Everything a person types. Each target sets up what it needs, and is quick when
 # nothing changed.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := build/models/random-llama
