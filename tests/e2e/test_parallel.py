@@ -39,7 +39,7 @@ def test_two_ranks_answer_as_one_device(model_dir: Path, tmp_path: Path, heads, 
         "max_tokens": 16,
     }
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    rounds = run_script("parallel_answers.py", model_dir, job, env)
+    rounds = run_script("engine_answers.py", model_dir, job, env)
 
     kept = [set(row) for row in heads]
     for rank in partition(read_profile(razor["head_profile"]), tp_size=2):
