@@ -101,6 +101,7 @@ def register_specs() -> None:
     """Make vLLM know both specs and their managers; may be called more than once."""
     from razor_vllm.managers import LocalManager, RetrievalManager
 
-    KVCacheSpecRegistry._ensure_registered()
+    # Makes vLLM register its own first: it does so only into an empty registry.
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
     KVCacheSpecRegistry.register(RetrievalSpec, RetrievalManager, FullAttentionSpec)
     KVCacheSpecRegistry.register(LocalSpec, LocalManager, LocalSpec)

@@ -39,8 +39,8 @@ def test_dependencies_point_one_way() -> None:
         assert "razor_serving" not in path.read_text(encoding="utf-8"), path
 
 
-def test_private_names_of_vllm_live_in_one_file() -> None:
-    """Patches and version checks are in compat.py."""
+def test_patches_of_vllm_live_in_one_file() -> None:
+    """Attributes of vLLM are set in compat.py only."""
     for path in (ROOT / "razor_vllm").rglob("*.py"):
         if path.name != "compat.py":
             assert "setattr(" not in path.read_text(encoding="utf-8"), path
