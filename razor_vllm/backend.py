@@ -1,15 +1,15 @@
 """Attention over the two pools, as a vLLM attention backend.
 
-    step    vLLM builds one metadata object a pool: write and read plans, on the host
-    layer   each pool: write its heads' K and V, then attend; heads scatter back
+    step    vLLM builds one metadata object a pool; the first layer joins them into one step
+    layer   writes its heads' K and V into both pools, then attends
 
 vLLM hands a layer the metadata of the pool that it shares (see `pools`); the other
 pool's metadata and cache are read from the forward context by the pool's name.
 """
 
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -30,24 +30,29 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from razor_kernels import DENSE_FOREVER, paged
-from razor_vllm.pools import LayerPools, attach, attachment_of
+from razor_kernels import DENSE_FOREVER
+from razor_kernels.step import LayerHeads, PoolTables, Rule, Step
+from razor_vllm.plan import LOCAL_POOL, RETRIEVAL_POOL
+from razor_vllm.pools import Attachment, attach, attachment_of
 from razor_vllm.specs import LocalSpec
 
 step_dense_until: ContextVar[tuple[int, ...]] = ContextVar("razor_dense_until", default=())
 """`dense_until` of each request of the step being prepared, in batch order."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RazorMetadata(AttentionMetadata):
-    """One pool's plans of one step."""
+    """One pool's part of a step.
 
-    writes: paged.WritePlan
-    reads: tuple[paged.Segment, ...]
+    batch: a step with this pool's tables alone. step: of both pools, once it is joined.
+    """
+
+    batch: Step
+    step: Step | None = None
 
 
 class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
-    """Plans a step for one pool; all layers share the plan."""
+    """Takes down a step for one pool; all layers share it."""
 
     def __init__(
         self,
@@ -57,9 +62,7 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.block_size = kv_cache_spec.block_size
-        self.window = kv_cache_spec.window if isinstance(kv_cache_spec, LocalSpec) else None
-        self.compensation = attachment_of(vllm_config).config.compensation
+        self.is_local = isinstance(kv_cache_spec, LocalSpec)
 
     def build(
         self,
@@ -67,32 +70,42 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> RazorMetadata:
-        """Plan a step. Each request's `dense_until` comes from the model runner."""
+        """Take down a step. Each request's `dense_until` comes from the model runner."""
         common = common_attn_metadata
-        starts = common.query_start_loc_cpu
-        query_lens = (starts[1:] - starts[:-1]).tolist()
-        seq_lens = common.seq_lens.tolist()
         # Rows beyond the runner's requests are padding, or a dummy run's: no value counts.
         dense_until = list(step_dense_until.get())
-        dense_until += [DENSE_FOREVER] * (len(query_lens) - len(dense_until))
-        tails: tuple[paged.TailUpdate, ...] = ()
-        table = common.block_table_tensor
-        if self.window is not None:
-            tails = paged.plan_tails(query_lens, seq_lens, table, self.window)
+        dense_until += [DENSE_FOREVER] * (common.num_reqs - len(dense_until))
+        mapping = common.slot_mapping[: common.num_actual_tokens].long()
+        tables = PoolTables(common.block_table_tensor.int(), mapping)
         return RazorMetadata(
-            paged.plan_writes(
-                common.slot_mapping[: common.num_actual_tokens], self.block_size, tails
-            ),
-            paged.plan_reads(
-                query_lens,
-                seq_lens,
-                dense_until,
-                table,
-                self.window,
-                self.block_size,
-                self.compensation,
-            ),
+            Step(
+                query_start_loc=common.query_start_loc.int(),
+                seq_lens=common.seq_lens.int(),
+                dense_until=torch.tensor(dense_until, dtype=torch.int32, device=self.device),
+                max_query_len=common.max_query_len,
+                tables=(None, tables) if self.is_local else (tables, None),
+            )
         )
+
+
+def step_of(all_metadata: dict[str, RazorMetadata]) -> Step:
+    """The step of both pools; made by the first layer that asks."""
+    parts = [all_metadata.get(name) for name in (RETRIEVAL_POOL, LOCAL_POOL)]
+    first = next(part for part in parts if part is not None)
+    if first.step is None:
+        retrieval, local = (
+            None if part is None else part.batch.tables[i] for i, part in enumerate(parts)
+        )
+        first.step = replace(first.batch, tables=(retrieval, local))
+    return first.step
+
+
+class _Layer(NamedTuple):
+    """What stays as it is from step to step."""
+
+    attached: Attachment
+    heads: LayerHeads
+    rule: Rule
 
 
 class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
@@ -123,7 +136,7 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.vllm_config = get_current_vllm_config()
-        self.pools: tuple[LayerPools, ...] | None = None
+        self.layer: _Layer | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM's hook after loading: the first layer that gets it attaches the pools."""
@@ -153,43 +166,47 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
             raise NotImplementedError("razor: fused output quantization is not covered")
         if attn_metadata is None:
             return output.zero_()
-        context = get_forward_context()
-        all_metadata: Any = context.attn_metadata
-        group = self.num_heads // self.num_kv_heads
-        shape = (-1, self.num_kv_heads, group, self.head_size)
-        q, out = query.view(shape), output.view(shape)
-        for pool in self._pools(layer):
-            cache = context.no_compile_layers[pool.name].kv_cache
-            cache = cache[:, pool.slots.start : pool.slots.stop]
-            metadata = all_metadata[pool.name]
-            paged.write(
-                key[:, pool.heads], value[:, pool.heads], cache, pool.layout, metadata.writes
-            )
-            heads_out = torch.zeros_like(q[:, pool.heads])
-            paged.attention(
-                q[:, pool.heads], cache, pool.layout, metadata.reads, self.scale, heads_out
-            )
-            out[:, pool.heads] = heads_out
+        fixed = self.layer or self._settle(layer)
+        all_metadata: Any = get_forward_context().attn_metadata
+        step = step_of(all_metadata)
+        form = fixed.attached.form
+        form.write(key, value, fixed.heads, step, fixed.rule)
+        shape = (-1, self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_size)
+        form.attention(query.view(shape), fixed.heads, step, fixed.rule, output.view(shape))
         return output
 
-    def _pools(self, layer: AttentionLayer) -> tuple[LayerPools, ...]:
-        """The layer's heads; settled at its first step, when block sizes are."""
-        if self.pools is None:
-            attached = attachment_of(self.vllm_config)
-            plan = attached.plan(self.vllm_config)
-            self.pools = attached.layer_pools(plan, cast(Attention, layer).layer_name)
-        return self.pools
+    def _settle(self, layer: AttentionLayer) -> _Layer:
+        """At a layer's first step, when pages are allocated and scales are loaded."""
+        attached = attachment_of(self.vllm_config)
+        name = cast(Attention, layer).layer_name
+        slopes = self.alibi_slopes
+        rule = Rule(
+            scale=self.scale,
+            soft_cap=self.logits_soft_cap or 0.0,
+            alibi_slopes=None if slopes is None else torch.tensor(slopes, dtype=torch.float32),
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+            compensation=attached.config.compensation,
+        )
+        self.layer = _Layer(attached, attached.layer_heads(self.vllm_config, name), rule)
+        return self.layer
 
 
 class RazorAttentionBackend(AttentionBackend):
-    """Attention over the two pools, in PyTorch, on any device."""
+    """Attention over the two pools."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [
         torch.float16,
         torch.bfloat16,
         torch.float32,
     ]
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+    ]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:

@@ -6,7 +6,7 @@ the first one's cache, so that vLLM gives them none. A request then has two bloc
 tables, whatever the head map looks like.
 """
 
-from typing import NamedTuple
+import functools
 
 import torch
 from torch import nn
@@ -18,11 +18,13 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from razor_kernels import PageLayout
+from razor_kernels import Window
+from razor_kernels.forms import Form, choose_form
+from razor_kernels.step import LayerHeads, PoolPages
 from razor_vllm import compat
 from razor_vllm.config import config_of
 from razor_vllm.partition import RankHeads, partition, pipeline_stages
-from razor_vllm.plan import LOCAL_POOL, RETRIEVAL_POOL, LayerSlots, MemoryPlan, plan_memory
+from razor_vllm.plan import LOCAL_POOL, RETRIEVAL_POOL, MemoryPlan, plan_memory
 from razor_vllm.profile import locate_profile, read_profile
 from razor_vllm.specs import pool_specs, register_specs
 from razor_vllm.support import check_layers
@@ -64,18 +66,6 @@ class Pool(nn.Module, AttentionLayerBase):
         return retrieval if self.retrieval else local
 
 
-class LayerPools(NamedTuple):
-    """One layer's heads in both pools.
-
-    heads: int64 KV heads in slot order. slots: where they live. name, layout: of the pool.
-    """
-
-    name: str
-    layout: PageLayout
-    slots: LayerSlots
-    heads: torch.Tensor
-
-
 def rank_heads(vllm_config: VllmConfig, stage: int, tp_rank: int) -> RankHeads:
     """Heads of one rank of an engine.
 
@@ -108,7 +98,10 @@ class Attachment:
         assert config is not None, "the policy was not asked for"
         first = next(iter(layers.values()))
         self.config = config
-        self.dtype = first.kv_cache_torch_dtype
+        self.dtype = stored_dtype(first)
+        self.device = torch.device(vllm_config.device_config.device_type)
+        self.num_kv_heads, self.head_size = first.num_kv_heads, first.head_size
+        self.group = first.num_heads // first.num_kv_heads
         self.heads = rank_heads(
             vllm_config, get_pp_group().rank_in_group, get_tensor_model_parallel_rank()
         )
@@ -128,18 +121,37 @@ class Attachment:
             vllm_config.cache_config.block_size,
         )
 
-    def layer_pools(self, plan: MemoryPlan, layer_name: str) -> tuple[LayerPools, ...]:
-        """Pools that hold heads of a layer."""
-        layer = self.layer_index[layer_name]
+    @functools.cached_property
+    def form(self) -> Form:
+        """The kernels that serve this model's heads."""
+        return choose_form(self.device, self.head_size, self.group, self.dtype)
+
+    def layer_heads(self, vllm_config: VllmConfig, layer_name: str) -> LayerHeads:
+        """Where a layer's heads live; vLLM has allocated the pools' pages by now."""
+        plan, layer = self.plan(vllm_config), self.layer_index[layer_name]
+        context = vllm_config.compilation_config.static_forward_context
+        config = plan.config
+        window = Window(config.sinks, config.window, config.window_ratio, plan.blocks.local)
         both = (
-            (RETRIEVAL_POOL, plan.retrieval_layout, plan.retrieval_slots(layer)),
-            (LOCAL_POOL, plan.local_layout, plan.local_slots(layer)),
+            (RETRIEVAL_POOL, plan.retrieval_layout, None, plan.retrieval_slots(layer)),
+            (LOCAL_POOL, plan.local_layout, window, plan.local_slots(layer)),
         )
-        return tuple(
-            LayerPools(name, layout, slots, torch.tensor(slots.heads))
-            for name, layout, slots in both
-            if slots.heads
-        )
+        pools: list[PoolPages | None] = []
+        pool_of, slot_of = ([0] * self.num_kv_heads for _ in range(2))
+        for index, (name, layout, seen, slots) in enumerate(both):
+            cache = context[name].kv_cache if name in context else None
+            pools.append(cache if cache is None else PoolPages(cache, layout, seen))
+            for slot, head in enumerate(slots.heads, start=slots.start):
+                pool_of[head], slot_of[head] = index, slot
+        as_tensor = functools.partial(torch.tensor, dtype=torch.int32, device=self.device)
+        return LayerHeads((pools[0], pools[1]), as_tensor(pool_of), as_tensor(slot_of))
+
+
+def stored_dtype(layer: Attention) -> torch.dtype:
+    """Type of the numbers in a layer's cache; vLLM hands fp8 about as bytes."""
+    if layer.kv_cache_dtype in ("fp8", "fp8_e4m3"):
+        return torch.float8_e4m3fn
+    return layer.kv_cache_torch_dtype
 
 
 def attach(vllm_config: VllmConfig) -> None:

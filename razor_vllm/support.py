@@ -1,7 +1,6 @@
 """What the policy covers, and the refusal of what it does not."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -10,11 +9,12 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
 COVERED = (
-    "decoder models whose layers are all full attention with rotary embeddings, "
-    "bf16, fp16 or fp32 KV cache"
+    "decoder models whose layers are all full attention with rotary embeddings or ALiBi, "
+    "bf16, fp16, fp32 or fp8 (e4m3) KV cache"
 )
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3")
 
 
 def _refuse(found: str) -> NotImplementedError:
@@ -40,7 +40,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         raise _refuse("a Mamba or other hybrid model")
     if model.is_encoder_decoder:
         raise _refuse("an encoder-decoder model")
-    if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
+    if cache.cache_dtype not in _CACHE_DTYPES:
         raise _refuse(f"a KV cache of {cache.cache_dtype}")
     for name, size in (
         ("decode context parallelism", parallel.decode_context_parallel_size),
@@ -84,11 +84,6 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
             raise _refuse(f"layer {name}, which shares another layer's KV cache,")
         if layer.has_sink:
             raise _refuse(f"layer {name} with learned attention sinks")
-        impl: Any = layer.impl
-        if impl.alibi_slopes is not None:
-            raise _refuse(f"layer {name} with ALiBi slopes")
-        if impl.logits_soft_cap:
-            raise _refuse(f"layer {name} with a logit soft-cap")
         if layer.kv_cache_torch_dtype not in _DTYPES:
             raise _refuse(f"layer {name} with a KV cache of {layer.kv_cache_torch_dtype}")
     for field in ("num_heads", "num_kv_heads", "head_size", "head_size_v"):

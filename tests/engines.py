@@ -114,11 +114,13 @@ def counted_preemptions() -> list[int]:
     return seen
 
 
-def profile_file(folder: Path, retrieval_heads: Sequence[Sequence[int]]) -> str:
-    """A head profile of the bundled model with the given choice."""
-    profile = HeadProfile(
-        NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, tuple(tuple(row) for row in retrieval_heads)
-    )
+def profile_file(
+    folder: Path,
+    retrieval_heads: Sequence[Sequence[int]],
+    shape: tuple[int, int, int] = (NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE),
+) -> str:
+    """A head profile with the given choice; shape: layers, KV heads, head size."""
+    profile = HeadProfile(*shape, tuple(tuple(row) for row in retrieval_heads))
     name = "-".join("".join(map(str, row)) or "n" for row in retrieval_heads)
     path = folder / f"profile-{name}.json"
     path.write_text(profile.to_json(), encoding="utf-8")

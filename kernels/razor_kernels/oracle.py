@@ -1,5 +1,7 @@
 """The formula in fp64 over unpaged tensors: what every other form is held against."""
 
+from typing import NamedTuple
+
 import torch
 
 from razor_kernels.window import Window
@@ -14,6 +16,8 @@ def attention(
     scale: float,
     dense_until: int = 0,
     compensation: bool = True,
+    soft_cap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """RazorAttention of one sequence (arXiv 2407.15891, eq. 4 and 5).
 
@@ -22,6 +26,9 @@ def attention(
 
         out = (N e^{q.k^} v^ + sum_n e^{q.k_n} v_n) / (N e^{q.k^} + sum_n e^{q.k_n})
         k^ = mean of the dropped k, v^ = mean of the dropped v, q already scaled
+
+    A soft-cap and ALiBi change the logits q.k as `step` says; a slot stands at the
+    dropped tokens' mean position.
 
     Args:
         query: `[num_queries, num_heads, head_dim]`, the last `num_queries` positions.
@@ -32,6 +39,8 @@ def attention(
         scale: factor on q.k.
         dense_until: local heads treat queries before this position as retrieval heads do.
         compensation: without it the dropped tokens leave no trace.
+        soft_cap: logits become `soft_cap * tanh(logit / soft_cap)`; 0 for none.
+        alibi_slopes: `[num_heads]`; a logit grows by slope * (key's - query's position).
 
     Returns:
         fp64 `[num_queries, num_heads, head_dim]`.
@@ -40,35 +49,51 @@ def attention(
     seq_len, num_kv_heads, head_dim = key.shape
     q = query.double().view(num_queries, num_kv_heads, -1, head_dim) * scale
     k, v = key.double(), value.double()
+    group = q.shape[2]
+    slopes = torch.zeros(num_kv_heads, group, dtype=torch.float64)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.double().view(num_kv_heads, group)
     out = torch.empty_like(q)
     for row in range(num_queries):
         t = seq_len - num_queries + row
         for local in (False, True):
             heads = (is_retrieval != local).nonzero().squeeze(1)
-            seen_k, seen_v = k[: t + 1, heads], v[: t + 1, heads]
-            weights = torch.ones(t + 1, dtype=torch.float64)
+            seen = _Seen(
+                k[: t + 1, heads],
+                v[: t + 1, heads],
+                torch.ones(t + 1, dtype=torch.float64),
+                torch.arange(t + 1, dtype=torch.float64),
+            )
             if local and t >= dense_until:
-                seen_k, seen_v, weights = _compress(seen_k, seen_v, t, window, compensation)
-            logits = torch.einsum("hgd,nhd->hgn", q[row, heads], seen_k) + weights.log()
-            out[row, heads] = torch.einsum("hgn,nhd->hgd", logits.softmax(-1), seen_v)
+                seen = _compress(seen, t, window, compensation)
+            logits = torch.einsum("hgd,nhd->hgn", q[row, heads], seen.k)
+            if soft_cap > 0:
+                logits = soft_cap * torch.tanh(logits / soft_cap)
+            logits = logits + slopes[heads].unsqueeze(-1) * (seen.positions - t)
+            logits = logits + seen.weights.log()
+            out[row, heads] = torch.einsum("hgn,nhd->hgd", logits.softmax(-1), seen.v)
     return out.view(query.shape)
 
 
-def _compress(
-    k: torch.Tensor, v: torch.Tensor, t: int, window: Window, compensation: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys, values `[n, heads, head_dim]` and weights `[n]` that a query at t sees."""
+class _Seen(NamedTuple):
+    """What a query sees: k, v `[n, heads, head_dim]`; weights, positions `[n]`."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    weights: torch.Tensor
+    positions: torch.Tensor
+
+
+def _compress(whole: _Seen, t: int, window: Window, compensation: bool) -> _Seen:
+    """What a local head's query at t sees of all tokens up to it."""
     start = window.first_window_page(t // window.block_size) * window.block_size
     dropped = slice(window.sinks, max(start, window.sinks))
-    num_dropped = k[dropped].shape[0]
-    seen = torch.ones(t + 1, dtype=torch.bool)
-    seen[dropped] = False
-    weights = torch.ones(int(seen.sum()), dtype=torch.float64)
+    kept = torch.ones(t + 1, dtype=torch.bool)
+    kept[dropped] = False
+    seen = _Seen(*(part[kept] for part in whole))
+    num_dropped = len(whole.positions[dropped])
     if num_dropped == 0 or not compensation:
-        return k[seen], v[seen], weights
-    slot = torch.tensor([float(num_dropped)], dtype=torch.float64)
-    return (
-        torch.cat([k[seen], k[dropped].mean(0, keepdim=True)]),
-        torch.cat([v[seen], v[dropped].mean(0, keepdim=True)]),
-        torch.cat([weights, slot]),
-    )
+        return seen
+    k, v, _, positions = (part[dropped].mean(0, keepdim=True) for part in whole)
+    slot = _Seen(k, v, torch.tensor([float(num_dropped)], dtype=torch.float64), positions)
+    return _Seen(*(torch.cat(parts) for parts in zip(seen, slot, strict=True)))

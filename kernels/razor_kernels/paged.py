@@ -1,8 +1,8 @@
-"""The formula over pages, in vectorised PyTorch: runs wherever PyTorch runs.
+"""The PyTorch form: vectorised, and runs wherever PyTorch runs.
 
-A step is planned once on the host (`plan_writes`, `plan_reads`) and the plan serves
-every layer; a layer then gathers, and calls scaled-dot-product attention, once a
-segment. A segment is a run of one request's queries under one rule:
+A step is planned once a pool on the host (`plan_writes`, `plan_reads`) and the plan
+serves every layer; a layer then gathers, and calls scaled-dot-product attention, once
+a segment. A segment is a run of one request's queries under one rule:
 
     rule         pages read                                extra keys
     dense        0 .. page of the last query               none
@@ -11,11 +11,13 @@ segment. A segment is a run of one request's queries under one rule:
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from razor_kernels.layout import PageLayout
+from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Rule, Step
 from razor_kernels.window import DENSE_FOREVER, Window
 
 _MAX_QUERIES = 512
@@ -56,6 +58,7 @@ class Segment:
     start, stop: token rows. pages: int64 `[n]`; num_keys: keys of them that are read.
     bias: fp32 or bool `[stop - start, num_keys + num_slots]`, or None.
     causal: queries are the last rows of the keys, and bias is None.
+    first: position of the first query. positions: fp32 `[num_keys + num_slots]` of the keys.
     slots: int64 `[num_slots]` pages whose tails are compensation slots.
     dropped: fp32 `[1, num_slots, 1]`, N of each slot.
     """
@@ -66,6 +69,8 @@ class Segment:
     num_keys: int
     bias: torch.Tensor | None
     causal: bool
+    first: int
+    positions: torch.Tensor
     slots: torch.Tensor | None = None
     dropped: torch.Tensor | None = None
 
@@ -160,7 +165,8 @@ def _dense(row: int, start: int, stop: int, table: torch.Tensor, block_size: int
         bias = key <= torch.arange(start, stop, device=table.device).unsqueeze(1)
     pages = table[: -(-stop // block_size)].long()
     causal = num_queries > 1 and start == 0
-    return Segment(row, row + num_queries, pages, stop, bias, causal)
+    positions = torch.arange(stop, device=table.device).float()
+    return Segment(row, row + num_queries, pages, stop, bias, causal, start, positions)
 
 
 def _compressed(
@@ -189,11 +195,13 @@ def _compressed(
     pages = table[index].long()
     query_pages = torch.arange(first_page, last_page + 1, device=device)
     dropped = window.num_dropped(query_pages)
+    positions = key.float()
     if not compensation or not bool((dropped > 0).any()):
-        return Segment(row, row + stop - start, pages, len(key), bias, False)
+        return Segment(row, row + stop - start, pages, len(key), bias, False, start, positions)
     query_pages, dropped = query_pages[dropped > 0], dropped[dropped > 0].float()
     own = query // size == query_pages
     slot_bias = torch.where(own, dropped.log(), torch.tensor(-math.inf, device=device))
+    middle = window.sinks + (dropped - 1) / 2
     return Segment(
         start=row,
         stop=row + stop - start,
@@ -201,6 +209,8 @@ def _compressed(
         num_keys=len(key),
         bias=torch.cat([bias, slot_bias], dim=1),
         causal=False,
+        first=start,
+        positions=torch.cat([positions, middle]),
         slots=table[window.first_window_page(query_pages) - 1].long(),
         dropped=dropped.view(1, -1, 1),
     )
@@ -212,6 +222,7 @@ def write(
     cache: torch.Tensor,
     layout: PageLayout,
     plan: WritePlan,
+    rule: Rule,
 ) -> None:
     """Write a step's keys and values, then the running sums of the touched pages.
 
@@ -219,18 +230,32 @@ def write(
         key, value: `[num_tokens, num_slots, head_dim]`, after the rotary embedding.
         cache: `[num_pages, num_slots, rows, 2 * head_dim]`; written to.
     """
-    tokens = torch.cat([key, value], dim=-1).to(cache.dtype)
+    stored = [_stored(key, layout.dtype, rule.k_scale), _stored(value, layout.dtype, rule.v_scale)]
+    tokens = torch.cat([_bits(x) for x in stored], dim=-1)
     if plan.rows is not None:
         tokens = tokens[plan.rows]
-    cache[plan.pages, :, plan.offsets] = tokens[: len(plan.pages)]
+    _bits(cache)[plan.pages, :, plan.offsets] = tokens[: len(plan.pages)]
     for update in plan.tails:
         _write_tails(cache, layout, update)
+
+
+def _stored(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    if dtype == torch.float8_e4m3fn:
+        limit = torch.finfo(dtype).max
+        x = (x.float() / scale).clamp(-limit, limit)
+    return x.to(dtype)
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """The same memory in a type that PyTorch can index: it cannot index every fp8."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x
 
 
 def _write_tails(cache: torch.Tensor, layout: PageLayout, update: TailUpdate) -> None:
     """S(p) = S(p-1) + sum of the counted tokens of p, for consecutive pages p."""
     tails = layout.tails(cache)
-    tokens = layout.tokens(cache)[update.pages].float()  # [n, num_slots, block, 2D]
+    tokens = _bits(layout.tokens(cache))[update.pages]
+    tokens = tokens.view(layout.dtype).float()  # [n, num_slots, block, 2D]
     # Unwritten rows may hold anything, NaN included.
     tokens = torch.where(update.counted > 0, tokens, 0.0)
     sums = tokens.sum(dim=2)  # [n, num_slots, 2D]
@@ -244,7 +269,8 @@ def attention(
     cache: torch.Tensor,
     layout: PageLayout,
     segments: tuple[Segment, ...],
-    scale: float,
+    rule: Rule,
+    slopes: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """Attention of one layer's heads of one pool (the formula of `oracle.attention`).
@@ -252,13 +278,17 @@ def attention(
     Args:
         query: `[num_tokens, num_slots, group, head_dim]`.
         cache: `[num_pages, num_slots, rows, 2 * head_dim]`.
+        slopes: of ALiBi, fp32 `[num_slots, group]`, or None.
         out: like query; rows of the segments are written to, others left alone.
     """
+    scale = rule.scale * rule.k_scale
     for segment in segments:
         rows = slice(segment.start, segment.stop)
         k, v = _gather(cache, layout, segment, query.dtype)
         q = query[rows].permute(1, 2, 0, 3)  # [num_slots, group, T, D]
-        if q.shape[2] == 1:
+        if rule.soft_cap > 0 or slopes is not None:
+            result = _attend_bent(q, k, v, segment, rule, slopes)
+        elif q.shape[2] == 1:
             # One query: the group takes its place, and K and V are read once.
             result = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, attn_mask=segment.bias, scale=scale
@@ -273,22 +303,147 @@ def attention(
                 is_causal=segment.causal,
                 scale=scale,
             )
+        if rule.v_scale != 1.0:
+            result = result * rule.v_scale
         out[rows] = result.permute(2, 0, 1, 3)
+
+
+def _attend_bent(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segment: Segment,
+    rule: Rule,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention whose logits are capped or lean with the distance: in fp32, logits in full."""
+    logits = (q.float() * (rule.scale * rule.k_scale)) @ k.float().transpose(-1, -2)
+    if rule.soft_cap > 0:
+        logits = rule.soft_cap * torch.tanh(logits / rule.soft_cap)
+    query = torch.arange(q.shape[2], device=q.device).unsqueeze(1) + segment.first
+    distance = segment.positions - query
+    if slopes is not None:
+        logits = logits + slopes[:, :, None, None] * distance
+    if segment.causal:
+        logits = logits.masked_fill(distance > 0, -math.inf)
+    elif segment.bias is not None and segment.bias.dtype == torch.bool:
+        logits = logits.masked_fill(~segment.bias, -math.inf)
+    elif segment.bias is not None:
+        logits = logits + segment.bias
+    return (logits.softmax(-1) @ v.float()).to(q.dtype)
 
 
 def _gather(
     cache: torch.Tensor, layout: PageLayout, segment: Segment, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of a segment, each `[num_slots, 1, keys + slots, head_dim]`."""
-    tokens = layout.tokens(cache).index_select(0, segment.pages)
+    """K and V of a segment in stored units, each `[num_slots, 1, keys + slots, head_dim]`."""
+    tokens = _bits(layout.tokens(cache)).index_select(0, segment.pages)
     tokens = tokens.transpose(0, 1).flatten(1, 2)[:, : segment.num_keys]
+    tokens = tokens.contiguous().view(layout.dtype).to(dtype)
     if segment.bias is not None and segment.bias.dtype != torch.bool:
         # Rows of the last page that nothing was written to: weight 0, but 0 * NaN = NaN.
         seen = (segment.bias[:, : segment.num_keys] > -math.inf).any(0)
         tokens = torch.where(seen.view(1, -1, 1), tokens, 0)
-    tokens = tokens.to(dtype)
     if segment.slots is not None and segment.dropped is not None:
         sums = layout.tails(cache).index_select(0, segment.slots).transpose(0, 1)
         tokens = torch.cat([tokens, (sums / segment.dropped).to(dtype)], dim=1)
     k, v = tokens.unsqueeze(1).split(layout.head_dim, dim=-1)
     return k, v
+
+
+class _PoolPlan(NamedTuple):
+    writes: WritePlan
+    reads: tuple[Segment, ...]
+
+
+class _PoolHeads(NamedTuple):
+    """One layer's heads in one pool: KV heads in order of slot, and their slots."""
+
+    heads: torch.Tensor
+    slots: slice
+
+
+class PagedForm:
+    """Write and attention in PyTorch, on any device (the contract is `step`'s).
+
+    A layer's slots in a pool follow one another.
+    """
+
+    def __init__(self) -> None:
+        self._step: Step | None = None
+        self._plans: tuple[_PoolPlan | None, ...] = ()
+        # By id; the key's object is held, so that an id is not used again.
+        self._layers: dict[int, tuple[LayerHeads, tuple[_PoolHeads | None, ...]]] = {}
+
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        heads: LayerHeads,
+        step: Step,
+        rule: Rule,
+    ) -> None:
+        """K and V into the pages, then the running sums of the pages written to."""
+        for pool, plan, own in self._pools(heads, step, rule):
+            cache = pool.cache[:, own.slots]
+            write(key[:, own.heads], value[:, own.heads], cache, pool.layout, plan.writes, rule)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        heads: LayerHeads,
+        step: Step,
+        rule: Rule,
+        out: torch.Tensor,
+    ) -> None:
+        """Every query head over its KV head's pages."""
+        for pool, plan, own in self._pools(heads, step, rule):
+            slopes = rule.alibi_slopes
+            if slopes is not None:
+                slopes = slopes.view(query.shape[1:3])[own.heads]
+            q = query[:, own.heads]
+            result = torch.zeros_like(q)
+            cache = pool.cache[:, own.slots]
+            attention(q, cache, pool.layout, plan.reads, rule, slopes, result)
+            num_rows = sum(segment.stop - segment.start for segment in plan.reads)
+            out[:num_rows, own.heads] = result[:num_rows]
+
+    def _pools(
+        self, heads: LayerHeads, step: Step, rule: Rule
+    ) -> list[tuple[PoolPages, _PoolPlan, _PoolHeads]]:
+        if self._step is not step:
+            self._plans = tuple(
+                _plan(step, pool, tables, rule.compensation) if pool and tables else None
+                for pool, tables in zip(heads.pools, step.tables, strict=True)
+            )
+            self._step = step
+        if id(heads) not in self._layers:
+            self._layers[id(heads)] = (heads, tuple(_pool_heads(heads, i) for i in range(2)))
+        own = self._layers[id(heads)][1]
+        found = zip(heads.pools, self._plans, own, strict=True)
+        return [(p, plan, mine) for p, plan, mine in found if p and plan and mine]
+
+
+def _plan(step: Step, pool: PoolPages, tables: PoolTables, compensation: bool) -> _PoolPlan:
+    starts = step.query_start_loc
+    query_lens, seq_lens = (starts[1:] - starts[:-1]).tolist(), step.seq_lens.tolist()
+    table = tables.block_table
+    tails: tuple[TailUpdate, ...] = ()
+    if pool.window is not None:
+        tails = plan_tails(query_lens, seq_lens, table, pool.window)
+    size = pool.layout.block_size
+    mapping = tables.slot_mapping[: int(starts[-1])]
+    until = step.dense_until.tolist()
+    reads = plan_reads(query_lens, seq_lens, until, table, pool.window, size, compensation)
+    return _PoolPlan(plan_writes(mapping, size, tails), reads)
+
+
+def _pool_heads(heads: LayerHeads, pool: int) -> _PoolHeads | None:
+    own = (heads.pool_of == pool).nonzero().squeeze(1)
+    if not len(own):
+        return None
+    own = own[heads.slot_of[own].argsort()]
+    first = int(heads.slot_of[own[0]])
+    slots = slice(first, first + len(own))
+    assert heads.slot_of[own].tolist() == list(range(slots.start, slots.stop)), "slots have gaps"
+    return _PoolHeads(own, slots)

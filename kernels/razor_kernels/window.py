@@ -72,6 +72,11 @@ class Window:
         """Pages that hold the sinks."""
         return _ceil_div(self.sinks, self.block_size)
 
+    @property
+    def ratio_millionths(self) -> int:
+        """`window_ratio` in millionths, rounded up: what all forms reckon with."""
+        return math.ceil(round(self.window_ratio * _RATIO_SCALE, 3))
+
     def first_window_page(self, page: IntLike) -> IntLike:
         """First page that queries of `page` see as written.
 
@@ -83,7 +88,7 @@ class Window:
         return _at_least(page - pages, 0)
 
     def _window_of(self, page: IntLike) -> IntLike:
-        ratio = math.ceil(round(self.window_ratio * _RATIO_SCALE, 3))
+        ratio = self.ratio_millionths
         last_position = (page + 1) * self.block_size - 1
         return _at_least(_ceil_div(last_position * ratio, _RATIO_SCALE), self.window)
 

@@ -1,0 +1,278 @@
+"""The native form: `native.cpp`, compiled when the package is built, called through ctypes.
+
+`setup.py` compiles it for several instruction sets; the widest that this CPU has is
+loaded. Where none was built, `NativeForm` raises RuntimeError, and `paged` serves.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Rule, Step
+
+BUILDS = ("_native_avx512_bf16", "_native_avx512", "_native_avx2", "_native")
+"""Libraries beside this file, the fastest first."""
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 64
+HEAD_DIM_MULTIPLE = 16
+_KINDS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e4m3fn: 3,
+}
+_RATIO_SCALE = 1_000_000
+
+
+class _Pool(ctypes.Structure):
+    _fields_ = [
+        ("cache", ctypes.c_void_p),
+        ("page_stride", ctypes.c_int64),
+        ("slot_stride", ctypes.c_int64),
+        ("table", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int64),
+        ("slot_mapping", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
+        ("ratio", ctypes.c_int64),
+        ("sinks", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("local", ctypes.c_int32),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        ("query_start_loc", ctypes.c_void_p),
+        ("seq_lens", ctypes.c_void_p),
+        ("dense_until", ctypes.c_void_p),
+        ("num_requests", ctypes.c_int32),
+        ("item_size", ctypes.c_int32),
+        ("pools", _Pool * 2),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("pool_of", ctypes.c_void_p),
+        ("slot_of", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+        ("num_kv_heads", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("cache_kind", ctypes.c_int32),
+        ("query_kind", ctypes.c_int32),
+        ("compensation", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+        ("k_scale", ctypes.c_float),
+        ("v_scale", ctypes.c_float),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The widest build that runs here.
+
+    Raises:
+        RuntimeError: none was built.
+    """
+    folder = Path(__file__).parent
+    for build in BUILDS:
+        for path in sorted(folder.glob(f"{build}.*so")):
+            found = ctypes.CDLL(str(path))
+            if found.razor_runs_here():
+                return _declared(found)
+    raise RuntimeError(
+        f"razor: no native kernels in {folder}: found none of {', '.join(BUILDS)}; "
+        "install razor-vllm again where a C++ compiler (g++) is"
+    )
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    arguments: list[Any] = [ctypes.POINTER(_Step), ctypes.POINTER(_Layer)]
+    arguments += [ctypes.c_void_p, ctypes.c_int64] * 2
+    found.razor_write.argtypes = found.razor_attention.argtypes = arguments
+    found.razor_write.restype = found.razor_attention.restype = None
+    return found
+
+
+def covers(head_dim: int, group: int, dtype: torch.dtype) -> bool:
+    """Whether heads of this kind have a native form: `head_dim` a multiple of 16 up to 256."""
+    return (
+        head_dim % HEAD_DIM_MULTIPLE == 0
+        and head_dim <= MAX_HEAD_DIM
+        and (group <= MAX_GROUP and dtype in _KINDS)
+    )
+
+
+class NativeForm:
+    """Write and attention on a CPU (the contract is `step`'s).
+
+    Steps, layers and their tensors must stay as they are while in use; their addresses
+    are taken once.
+
+    Raises:
+        RuntimeError: no library was built.
+    """
+
+    def __init__(self) -> None:
+        self._library = library()
+        self._step: tuple[Step, _Step] | None = None
+        # By id; the key's object is held, so that an id is not used again.
+        self._layers: dict[tuple[int, int], tuple[LayerHeads, Rule, _Layer]] = {}
+
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        heads: LayerHeads,
+        step: Step,
+        rule: Rule,
+    ) -> None:
+        """K and V into the pages; a page that is full now gets its running sums.
+
+        Args:
+            key, value: `[num_tokens, num_kv_heads, head_dim]`, rows contiguous.
+        """
+        dtype = _dtype(heads)
+        key, value = _stored(key, dtype, rule.k_scale), _stored(value, dtype, rule.v_scale)
+        self._library.razor_write(
+            self._step_of(step, heads),
+            self._layer_of(heads, rule, key.shape[-1], key.dtype, 1),
+            *_rows(key),
+            *_rows(value),
+        )
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        heads: LayerHeads,
+        step: Step,
+        rule: Rule,
+        out: torch.Tensor,
+    ) -> None:
+        """Every query head over its KV head's pages.
+
+        Args:
+            query: `[num_tokens, num_kv_heads, group, head_dim]` of fp32, bf16 or fp16.
+            out: like query, rows contiguous; written to.
+        """
+        group, head_dim = query.shape[2:]
+        self._library.razor_attention(
+            self._step_of(step, heads),
+            self._layer_of(heads, rule, head_dim, query.dtype, group),
+            *_rows(query if _has_rows(query) else query.contiguous()),
+            *_rows(out),
+        )
+
+    def _step_of(self, step: Step, heads: LayerHeads) -> _Step:
+        if self._step is None or self._step[0] is not step:
+            self._step = (step, _step(step, heads.pools))
+        return self._step[1]
+
+    def _layer_of(
+        self, heads: LayerHeads, rule: Rule, head_dim: int, dtype: torch.dtype, group: int
+    ) -> _Layer:
+        known = self._layers.get((id(heads), group))
+        if known is None or known[1] is not rule:
+            layer = _layer(heads, rule, head_dim, dtype, group)
+            known = self._layers[id(heads), group] = (heads, rule, layer)
+        return known[2]
+
+
+def _dtype(heads: LayerHeads) -> torch.dtype:
+    return next(pool.layout.dtype for pool in heads.pools if pool is not None)
+
+
+def _stored(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """Numbers as the cache stores them, with rows that are contiguous."""
+    if dtype == torch.float8_e4m3fn:
+        limit = torch.finfo(dtype).max
+        x = (x.float() / scale).clamp(-limit, limit)
+    x = x.to(dtype)
+    return x if _has_rows(x) else x.contiguous()
+
+
+def _has_rows(x: torch.Tensor) -> bool:
+    """Whether all but the first dimension is contiguous."""
+    stride = 1
+    for size, found in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size > 1 and found != stride:
+            return False
+        stride *= size
+    return True
+
+
+def _rows(x: torch.Tensor) -> tuple[int, int]:
+    """Address, and bytes from row to row."""
+    assert _has_rows(x), f"rows of strides {x.stride()} are not contiguous"
+    return x.data_ptr(), x.stride(0) * x.element_size()
+
+
+def _check_row(tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    assert tensor.dtype == dtype, f"expected {dtype}, got {tensor.dtype}"
+    assert tensor.is_contiguous(), f"expected numbers in a row, got strides {tensor.stride()}"
+
+
+def _step(step: Step, pools: tuple[PoolPages | None, PoolPages | None]) -> _Step:
+    for tensor in (step.query_start_loc, step.seq_lens, step.dense_until):
+        _check_row(tensor, torch.int32)
+    made = _Step(
+        query_start_loc=step.query_start_loc.data_ptr(),
+        seq_lens=step.seq_lens.data_ptr(),
+        dense_until=step.dense_until.data_ptr(),
+        num_requests=len(step.seq_lens),
+    )
+    for index, (pages, tables) in enumerate(zip(pools, step.tables, strict=True)):
+        if pages is not None and tables is not None:
+            made.item_size = pages.layout.dtype.itemsize
+            made.pools[index] = _pool(pages, tables)
+    return made
+
+
+def _pool(pages: PoolPages, tables: PoolTables) -> _Pool:
+    cache, window = pages.cache, pages.window
+    _check_row(tables.slot_mapping, torch.int64)
+    for row in tables.block_table[:1]:
+        _check_row(row, torch.int32)
+    assert cache.stride()[2:] == (2 * pages.layout.head_dim, 1), "pages are not in a row"
+    return _Pool(
+        cache=cache.data_ptr(),
+        page_stride=cache.stride(0) * cache.element_size(),
+        slot_stride=cache.stride(1) * cache.element_size(),
+        table=tables.block_table.data_ptr(),
+        table_stride=tables.block_table.stride(0),
+        slot_mapping=tables.slot_mapping.data_ptr(),
+        window=window.window if window else 0,
+        ratio=window.ratio_millionths if window else 0,
+        sinks=window.sinks if window else 0,
+        block_size=pages.layout.block_size,
+        local=int(window is not None),
+    )
+
+
+def _layer(heads: LayerHeads, rule: Rule, head_dim: int, dtype: torch.dtype, group: int) -> _Layer:
+    for tensor in (heads.pool_of, heads.slot_of):
+        _check_row(tensor, torch.int32)
+    slopes = rule.alibi_slopes
+    if slopes is not None:
+        _check_row(slopes, torch.float32)
+    return _Layer(
+        pool_of=heads.pool_of.data_ptr(),
+        slot_of=heads.slot_of.data_ptr(),
+        slopes=None if slopes is None else slopes.data_ptr(),
+        num_kv_heads=len(heads.pool_of),
+        group=group,
+        head_dim=head_dim,
+        cache_kind=_KINDS[_dtype(heads)],
+        query_kind=_KINDS[dtype],
+        compensation=int(rule.compensation),
+        scale=rule.scale,
+        soft_cap=rule.soft_cap,
+        k_scale=rule.k_scale,
+        v_scale=rule.v_scale,
+    )

@@ -1,0 +1,221 @@
+"""The forms that run on a CPU, PyTorch's and the native one, against the oracle."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import (
+    CASES,
+    NUM_KV_HEADS,
+    SHAPES,
+    Case,
+    Feed,
+    Request,
+    Shape,
+    check,
+    rule_of,
+)
+
+from razor_kernels import PageLayout, forms, native, paged
+from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Step
+from razor_kernels.window import Window
+
+FORMS = {"paged": paged.PagedForm, "native": native.NativeForm}
+LONG = 600
+"""Tokens of a case that is run at few shapes only: the oracle takes its time."""
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest):
+    return FORMS[request.param]()
+
+
+def is_long(case: Case) -> bool:
+    return max(sum(request.chunks) for request in case.requests) > LONG
+
+
+TABLE = [
+    pytest.param(case, shape, id=f"{case.name}-{shape.name}")
+    for number, shape in enumerate(SHAPES)
+    for case in CASES
+    if number < 1 or not is_long(case)
+]
+
+
+@pytest.mark.parametrize(("case", "shape"), TABLE)
+def test_forms_equal_the_oracle(form, case: Case, shape: Shape) -> None:
+    """Invariant 2: pages, chunks and batches change nothing but rounding."""
+    check(form, case, shape)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not is_long(c)], ids=lambda case: case.name)
+def test_forms_without_compensation(form, case: Case) -> None:
+    """Without compensation, dropped tokens leave no trace."""
+    check(form, case, SHAPES[0], compensation=False)
+
+
+def test_a_slot_changes_the_output(form) -> None:
+    """The compensation slot is really in the sum: without it the output differs."""
+    torch.manual_seed(2)
+    feed = Feed(Case("", (Request((200,), 0),), window=32), SHAPES[0])
+    with_slot, without = (feed.run(form, rule_of(SHAPES[0], c))[0][:, 1] for c in (True, False))
+    assert (with_slot[:64] - without[:64]).abs().max() == 0
+    assert (with_slot[150:] - without[150:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[6]], ids=lambda shape: shape.name)
+def test_tails_are_running_sums_past_the_sinks(form, shape: Shape) -> None:
+    """S(p) of a full page is the sum of what is stored from the sinks' end to the page's end."""
+    torch.manual_seed(3)
+    feed = Feed(Case("", (Request((20, 1, 49, 90), 0),), sinks=5), shape)
+    feed.run(form, rule_of(shape))
+    pages, size = feed.pages[1], shape.local_block
+    table = pages.table[0, : 160 // size].long()
+    cache = pages.cache[table][:, 1:3].float()  # slots 1 and 2: [pages, 2, rows, 2D]
+    rows = cache[:, :, :size].clone()
+    rows[0, :, :5] = 0
+    got = pages.layout.tails(pages.cache)[table][:, 1:3]
+    torch.testing.assert_close(got, rows.sum(2).cumsum(0), rtol=1e-5, atol=1e-3)
+
+
+def test_rejected_tokens_leave_the_sums(form) -> None:
+    """Tokens that speculation wrote and took back are in no sum once others stand there."""
+    torch.manual_seed(4)
+    shape = SHAPES[0]
+    rule = rule_of(shape)
+    feed = Feed(Case("", (Request((60, 10, 130), 0),), window=32), shape)
+    plain = feed.run(form, rule)[0]
+    # Rows 60 to 69 were written before, with other numbers.
+    spans = [(0, 60, 70)]
+    step = feed.step(spans)
+    k, v = (feed._rows(spans, part) for part in (1, 2))
+    form.write(-k, v * 3, feed.heads, step, rule)
+    assert torch.equal(feed.run(form, rule)[0], plain)
+
+
+class Far:
+    """One request of 128k tokens whose pages are a few physical ones, over and over."""
+
+    def __init__(self, length: int = 131_072) -> None:
+        torch.manual_seed(5)
+        self.length, self.size, head_dim = length, 32, 64
+        layout = PageLayout(self.size, head_dim, torch.float32, has_tail=True)
+        cache = torch.randn(5, 2, layout.rows, 2 * head_dim)
+        self.window = Window(4, 1000, 0.0, self.size)
+        count = length // self.size
+        self.table = (torch.arange(count) % 5).int()[None]
+        pools = (PoolPages(cache, layout, None), PoolPages(cache, layout, self.window))
+        self.heads = LayerHeads(
+            pools, torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+        )
+        nowhere = PoolTables(self.table, torch.tensor([-1]))
+        self.step = Step(
+            query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
+            seq_lens=torch.tensor([length], dtype=torch.int32),
+            dense_until=torch.tensor([0], dtype=torch.int32),
+            max_query_len=1,
+            tables=(nowhere, nowhere),
+        )
+        self.query = torch.randn(1, 2, 4, head_dim)
+        self.cache, self.layout = cache, layout
+
+    def run(self, form) -> torch.Tensor:
+        out = torch.full_like(self.query, torch.nan)
+        form.attention(self.query, self.heads, self.step, rule_of(Shape(torch.float32, 4, 64)), out)
+        return out
+
+    def expected(self) -> torch.Tensor:
+        """Both heads over whole tensors, in fp64."""
+        pages = self.cache[self.table[0].long()].double()
+        rows = pages[:, :, : self.size].transpose(0, 1).flatten(1, 2)  # [2, length, 2D]
+        k, v = rows.split(64, dim=-1)
+        q = self.query[0].double() * 64**-0.5
+        logits = torch.einsum("hgd,hnd->hgn", q, k)
+        start = self.window.first_window_page((self.length - 1) // self.size) * self.size
+        tail = self.layout.tails(self.cache)[self.table[0, start // self.size - 1], 1].double()
+        num_dropped = start - self.window.sinks
+        slot_k, slot_v = (tail / num_dropped).split(64)
+        seen = torch.cat([logits[1, :, :4], logits[1, :, start:]], dim=-1)
+        seen = torch.cat([seen, (q[1] @ slot_k)[:, None] + torch.tensor(num_dropped).log()], -1)
+        seen_v = torch.cat([v[1, :4], v[1, start:], slot_v[None]])
+        return torch.stack([logits[0].softmax(-1) @ v[0], seen.softmax(-1) @ seen_v])[None]
+
+
+def test_far_positions(form) -> None:
+    """131,072 tokens: positions, page indices and sums of their size are no trouble."""
+    far = Far()
+    torch.testing.assert_close(far.run(form).double(), far.expected(), rtol=1e-4, atol=1e-5)
+
+
+def test_threads_change_rounding_only() -> None:
+    """With more threads than one, long rows are cut and merged by log-sum-exp."""
+    far, before = Far(16_384), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = far.run(native.NativeForm())
+        torch.set_num_threads(3)
+        three = far.run(native.NativeForm())
+    finally:
+        torch.set_num_threads(before)
+    assert not torch.equal(one, three), "nothing was cut"
+    torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(three.double(), far.expected(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", native.BUILDS)
+def test_every_build_that_runs_here_is_right(build: str, monkeypatch) -> None:
+    """The builds for narrower vectors keep the contract too."""
+    monkeypatch.setattr(native, "BUILDS", (build,))
+    native.library.cache_clear()
+    try:
+        for shape in (SHAPES[0], SHAPES[3], SHAPES[6], SHAPES[7]):
+            check(native.NativeForm(), CASES[12], shape)
+    finally:
+        native.library.cache_clear()
+
+
+def test_without_a_build_pytorch_serves(monkeypatch, caplog) -> None:
+    """What is lost is said; and the choice is the native form where it is built."""
+    device = torch.device("cpu")
+    chosen = forms.choose_form(device, 64, 4, torch.bfloat16)
+    assert isinstance(chosen, native.NativeForm)
+    monkeypatch.setattr(native, "BUILDS", ("_not_built",))
+    native.library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            chosen = forms.choose_form(device, 64, 4, torch.bfloat16)
+    finally:
+        native.library.cache_clear()
+    assert isinstance(chosen, paged.PagedForm)
+    assert "several times slower" in caplog.text
+
+
+def test_odd_head_dims_fall_back_loudly(caplog) -> None:
+    """A head_dim that is no multiple of 16 has no native form."""
+    with caplog.at_level(logging.WARNING):
+        chosen = forms.choose_form(torch.device("cpu"), 72, 1, torch.float32)
+    assert isinstance(chosen, paged.PagedForm)
+    assert "heads of 72" in caplog.text
+
+
+def test_slots_with_gaps_are_refused_by_the_pytorch_form() -> None:
+    """It reads a layer's slots as one slice."""
+    feed = Feed(CASES[0], SHAPES[0])
+    slots = torch.tensor([0, 0, 2, 2], dtype=torch.int32)
+    heads = feed.heads._replace(slot_of=slots)
+    assert len(slots) == NUM_KV_HEADS
+    step = replace(feed.step([(0, 0, 1)]))
+    q = torch.zeros(1, NUM_KV_HEADS, 2, 32)
+    with pytest.raises(AssertionError, match="gaps"):
+        paged.PagedForm().attention(q, heads, step, rule_of(SHAPES[0]), q.clone())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.float8_e4m3fn, 4)]
+)
+def test_tail_takes_whole_rows(dtype: torch.dtype, rows: int) -> None:
+    """A tail is 2 * head_dim fp32 numbers, in rows of 2 * head_dim stored ones."""
+    layout = PageLayout(32, 64, dtype, has_tail=True)
+    assert layout.tail_rows == rows
+    assert layout.tails(torch.zeros(2, 3, layout.rows, 128, dtype=dtype)).shape == (2, 3, 128)
