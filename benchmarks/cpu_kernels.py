@@ -10,7 +10,6 @@ speed is given as bytes of K and V a second; `prefill` as seconds.
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from benchmarks.residency import device
 from razor_kernels import DENSE_FOREVER, PageLayout
 from razor_kernels.native import NativeForm
 from razor_kernels.paged import PagedForm
@@ -63,7 +63,7 @@ def draw(load: Load, dtype: torch.dtype) -> Numbers:
     return Numbers(q.to(dtype), torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
 
 
-def batch_of(load: Load) -> dict[str, torch.Tensor]:
+def batch_of(load: Load) -> dict[str, Any]:
     starts = torch.arange(load.requests + 1, dtype=torch.int32) * load.queries
     return {
         "query_start_loc": starts,
@@ -190,12 +190,6 @@ def measure(load: Load, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
@@ -207,9 +201,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtypes = (torch.bfloat16, torch.float32)
-    table = [measure(*row, args.rounds) for row in tqdm([*itertools.product(LOADS, dtypes)])]
+    pairs = [*itertools.product(LOADS, dtypes)]
+    table = [measure(load, dtype, args.rounds) for load, dtype in tqdm(pairs)]
     report = {
-        "device": processor(),
+        "device": device(),
         "threads": args.threads,
         "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
         "rounds": args.rounds,

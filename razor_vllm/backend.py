@@ -19,6 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionLayer,
     AttentionMetadata,
@@ -31,9 +32,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from razor_kernels import DENSE_FOREVER
+from razor_kernels.forms import Form
 from razor_kernels.step import LayerHeads, PoolTables, Rule, Step
 from razor_vllm.plan import LOCAL_POOL, RETRIEVAL_POOL
-from razor_vllm.pools import Attachment, attach, attachment_of
+from razor_vllm.pools import attach, attachment_of
 from razor_vllm.specs import LocalSpec
 
 step_dense_until: ContextVar[tuple[int, ...]] = ContextVar("razor_dense_until", default=())
@@ -52,7 +54,13 @@ class RazorMetadata(AttentionMetadata):
 
 
 class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
-    """Takes down a step for one pool; all layers share it."""
+    """Takes down a step for one pool; all layers share it.
+
+    A CUDA graph may hold a whole decode, drafted tokens included: grids are fixed, and what
+    a step changes lies in buffers that stay.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self,
@@ -63,6 +71,13 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.is_local = isinstance(kv_cache_spec, LocalSpec)
+        self.form = attachment_of(vllm_config).form(vllm_config)
+        # What a plan reads is the same in both pools: the model's first one plans.
+        context = vllm_config.compilation_config.static_forward_context
+        self.plans = not self.is_local or RETRIEVAL_POOL not in context
+        # One buffer for all steps: a CUDA graph reads it.
+        size = vllm_config.scheduler_config.max_num_seqs
+        self.dense_until = torch.zeros(size, dtype=torch.int32, device=device)
 
     def build(
         self,
@@ -72,20 +87,24 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
     ) -> RazorMetadata:
         """Take down a step. Each request's `dense_until` comes from the model runner."""
         common = common_attn_metadata
-        # Rows beyond the runner's requests are padding, or a dummy run's: no value counts.
-        dense_until = list(step_dense_until.get())
-        dense_until += [DENSE_FOREVER] * (common.num_reqs - len(dense_until))
         mapping = common.slot_mapping[: common.num_actual_tokens].long()
         tables = PoolTables(common.block_table_tensor.int(), mapping)
-        return RazorMetadata(
-            Step(
-                query_start_loc=common.query_start_loc.int(),
-                seq_lens=common.seq_lens.int(),
-                dense_until=torch.tensor(dense_until, dtype=torch.int32, device=self.device),
-                max_query_len=common.max_query_len,
-                tables=(None, tables) if self.is_local else (tables, None),
-            )
+        batch = Step(
+            query_start_loc=common.query_start_loc.int(),
+            seq_lens=common.seq_lens.int(),
+            dense_until=self._dense_until(common.num_reqs),
+            max_query_len=common.max_query_len,
+            tables=(None, tables) if self.is_local else (tables, None),
         )
+        if self.plans:
+            self.form.plan(batch)
+        return RazorMetadata(batch)
+
+    def _dense_until(self, num_requests: int) -> torch.Tensor:
+        # Rows beyond the runner's requests are padding, or a dummy run's: no value counts.
+        values = [*step_dense_until.get(), *[DENSE_FOREVER] * num_requests][:num_requests]
+        fresh = torch.tensor(values, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        return self.dense_until[:num_requests].copy_(fresh, non_blocking=True)
 
 
 def step_of(all_metadata: dict[str, RazorMetadata]) -> Step:
@@ -103,7 +122,7 @@ def step_of(all_metadata: dict[str, RazorMetadata]) -> Step:
 class _Layer(NamedTuple):
     """What stays as it is from step to step."""
 
-    attached: Attachment
+    form: Form
     heads: LayerHeads
     rule: Rule
 
@@ -169,7 +188,7 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
         fixed = self.layer or self._settle(layer)
         all_metadata: Any = get_forward_context().attn_metadata
         step = step_of(all_metadata)
-        form = fixed.attached.form
+        form = fixed.form
         form.write(key, value, fixed.heads, step, fixed.rule)
         shape = (-1, self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_size)
         form.attention(query.view(shape), fixed.heads, step, fixed.rule, output.view(shape))
@@ -183,12 +202,13 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
         rule = Rule(
             scale=self.scale,
             soft_cap=self.logits_soft_cap or 0.0,
-            alibi_slopes=None if slopes is None else torch.tensor(slopes, dtype=torch.float32),
+            alibi_slopes=None if slopes is None else torch.tensor(slopes, device=attached.device),
             k_scale=layer._k_scale_float,
             v_scale=layer._v_scale_float,
             compensation=attached.config.compensation,
         )
-        self.layer = _Layer(attached, attached.layer_heads(self.vllm_config, name), rule)
+        heads = attached.layer_heads(self.vllm_config, name)
+        self.layer = _Layer(attached.form(self.vllm_config), heads, rule)
         return self.layer
 
 

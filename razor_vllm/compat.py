@@ -10,6 +10,7 @@ Checked against vLLM 0.32. What would end a patch stands with it.
     KVCacheManager.get_computed_blocks       tell the managers whose prefix is looked up
     GPUModelRunner._build_attention_metadata `dense_until` of a batch (V1 runner)
     model_states.resolve_model_state_cls     `dense_until` of a batch (V2 runner)
+    EngineCore, Scheduler                    figures for the routes: see core_memory
 
 The engine's and the workers' patches are made when the policy is on, and do nothing
 for an engine in the same process that did not ask for it.
@@ -26,6 +27,7 @@ from typing import Any, TypeVar
 from packaging.version import Version
 
 from razor_vllm.config import CONFIG_KEY, RazorConfig, config_of
+from razor_vllm.endpoints import turn_on_endpoints
 
 VLLM_SERIES = "0.32"
 """Series of vLLM that the patches below were written against."""
@@ -136,6 +138,9 @@ def _folding_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             merged = dict(engine_args.additional_config or {})
             merged[CONFIG_KEY] = {**merged.get(CONFIG_KEY, {}), **options}
             engine_args.additional_config = merged
+            # Other API servers get the namespace, and read it before plugins are loaded.
+            args.additional_config = merged
+            turn_on_endpoints()
         return engine_args
 
     return from_cli_args
@@ -306,7 +311,10 @@ def install_engine_patches() -> None:
     """
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
+    from razor_vllm import core_memory
+
     _wrap(KVCacheManager, "get_computed_blocks", _admitting)
+    core_memory.install()
 
 
 def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -58,6 +58,9 @@ class _RazorManager(SingleTypeKVCacheManager):
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.dense_until: dict[str, int] = {}
+        # Counted for the metrics: tokens taken from the prefix cache, tokens that left windows.
+        self.hit_tokens = 0
+        self.dropped_tokens = 0
         from razor_vllm import compat
 
         compat.install_engine_patches()
@@ -72,6 +75,10 @@ class _RazorManager(SingleTypeKVCacheManager):
         )
         self.dense_until[request.request_id] = until
         return Lookup(until)
+
+    def count_hit(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Count the tokens of pages that a request takes from the prefix cache."""
+        self.hit_tokens += self.block_size * sum(not block.is_null for block in blocks)
 
     def cache_blocks(
         self,
@@ -135,6 +142,12 @@ class RetrievalManager(_RazorManager, FullAttentionManager):
 
     supports_fine_grained_hash_lookup = False
 
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *lengths: int, **kwargs
+    ) -> None:
+        self.count_hit(new_computed_blocks)
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *lengths, **kwargs)
+
     @classmethod
     def find_longest_cache_hit(
         cls,
@@ -164,6 +177,10 @@ class LocalManager(_RazorManager, SlidingWindowManager):
 
     kv_cache_spec: LocalSpec
 
+    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._dropped: dict[str, int] = {}
+
     def remove_skipped_blocks(
         self,
         request_id: str,
@@ -177,6 +194,18 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         window = self.kv_cache_spec.window
         kept = window.first_kept_page(processed_computed_tokens)
         self._remove_blocks_in_range(request_id, window.sink_pages, kept)
+        page = processed_computed_tokens // self.block_size
+        self._count_dropped(request_id, window.num_dropped(page))
+
+    def _count_dropped(self, request_id: str, dropped: int) -> None:
+        """Count the tokens that went from a request's window into its compensation slot."""
+        before = self._dropped.get(request_id, 0)
+        self.dropped_tokens += max(dropped - before, 0)
+        self._dropped[request_id] = max(dropped, before)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._dropped.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
 
     def get_num_blocks_to_allocate(
         self,
@@ -214,6 +243,7 @@ class LocalManager(_RazorManager, SlidingWindowManager):
     ) -> None:
         """Take a hit's pages; the ones it does without are null already."""
         assert num_external_computed_tokens == 0, "KV connectors are refused at start-up"
+        self.count_hit(new_computed_blocks)
         blocks = self.req_to_blocks[request_id]
         assert not blocks, "a prefix hit for a request that holds pages"
         self.block_pool.touch([b for b in new_computed_blocks if not b.is_null])

@@ -7,6 +7,7 @@ tables, whatever the head map looks like.
 """
 
 import functools
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from razor_kernels import Window
-from razor_kernels.forms import Form, choose_form
+from razor_kernels.forms import Form, Setting, choose_form
 from razor_kernels.step import LayerHeads, PoolPages
 from razor_vllm import compat
 from razor_vllm.config import config_of
@@ -102,6 +103,7 @@ class Attachment:
         self.device = torch.device(vllm_config.device_config.device_type)
         self.num_kv_heads, self.head_size = first.num_kv_heads, first.head_size
         self.group = first.num_heads // first.num_kv_heads
+        self._form: Form | None = None
         self.heads = rank_heads(
             vllm_config, get_pp_group().rank_in_group, get_tensor_model_parallel_rank()
         )
@@ -121,20 +123,40 @@ class Attachment:
             vllm_config.cache_config.block_size,
         )
 
-    @functools.cached_property
-    def form(self) -> Form:
-        """The kernels that serve this model's heads."""
-        return choose_form(self.device, self.head_size, self.group, self.dtype)
+    def form(self, vllm_config: VllmConfig) -> Form:
+        """The kernels that serve this model's heads; made at the first call."""
+        if self._form is None:
+            self._form = choose_form(self._setting(vllm_config))
+        return self._form
+
+    def _setting(self, vllm_config: VllmConfig) -> Setting:
+        plan, speculative = self.plan(vllm_config), vllm_config.speculative_config
+        drafted = speculative.num_speculative_tokens if speculative else 0
+        return Setting(
+            device=self.device,
+            layouts=(
+                plan.retrieval_layout if plan.num_retrieval_slots else None,
+                plan.local_layout if plan.num_local_slots else None,
+            ),
+            window=self._window(plan),
+            num_kv_heads=self.num_kv_heads,
+            group=self.group,
+            dtype=cast(torch.dtype, vllm_config.model_config.dtype),
+            max_requests=vllm_config.scheduler_config.max_num_seqs,
+            max_queries=1 + drafted,
+        )
+
+    def _window(self, plan: MemoryPlan) -> Window:
+        config = plan.config
+        return Window(config.sinks, config.window, config.window_ratio, plan.blocks.local)
 
     def layer_heads(self, vllm_config: VllmConfig, layer_name: str) -> LayerHeads:
         """Where a layer's heads live; vLLM has allocated the pools' pages by now."""
         plan, layer = self.plan(vllm_config), self.layer_index[layer_name]
         context = vllm_config.compilation_config.static_forward_context
-        config = plan.config
-        window = Window(config.sinks, config.window, config.window_ratio, plan.blocks.local)
         both = (
             (RETRIEVAL_POOL, plan.retrieval_layout, None, plan.retrieval_slots(layer)),
-            (LOCAL_POOL, plan.local_layout, window, plan.local_slots(layer)),
+            (LOCAL_POOL, plan.local_layout, self._window(plan), plan.local_slots(layer)),
         )
         pools: list[PoolPages | None] = []
         pool_of, slot_of = ([0] * self.num_kv_heads for _ in range(2))

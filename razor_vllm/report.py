@@ -1,5 +1,6 @@
 """What the policy holds and saves, in lines that a person can act on."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from vllm.config import VllmConfig
@@ -30,6 +31,19 @@ class RequestMemory(NamedTuple):
     fit: int
     fit_full: int
     prefill: int
+
+
+class MixMemory(NamedTuple):
+    """KV memory of a mix of decoding requests.
+
+    held, full: mean bytes of a request under the policy and under stock vLLM. fit, fit_full:
+    requests of the mix that the memory holds at a time.
+    """
+
+    held: float
+    full: float
+    fit: int
+    fit_full: int
 
 
 def check_attached(kv_cache_specs: list[dict[str, KVCacheSpec]]) -> None:
@@ -88,6 +102,23 @@ def request_memory(
         fit_full=total // full,
         prefill=plan.request_bytes(num_tokens, dense_until=until),
     )
+
+
+def mix_memory(
+    plan: MemoryPlan, mix: Mapping[int, float], num_pages: int, full_block_size: int
+) -> MixMemory:
+    """KV memory of a mix of decoding requests, and how many fit at a time.
+
+    Args:
+        mix: weight of requests of so many tokens; the weights need not sum to 1.
+        num_pages: pages that requests may hold: the block pool's less vLLM's null page.
+        full_block_size: tokens a page of stock vLLM.
+    """
+    total = sum(mix.values())
+    held = sum(plan.request_bytes(n) * weight for n, weight in mix.items()) / total
+    full = sum(full_request_bytes(plan, n, full_block_size) * w for n, w in mix.items()) / total
+    memory = num_pages * plan.page_bytes
+    return MixMemory(held, full, int(memory // held), int(memory // full))
 
 
 def report_lines(

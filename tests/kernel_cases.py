@@ -208,6 +208,7 @@ class Feed:
             spans = self.spans(number)
             step = self.step(spans)
             q, k, v = (self._rows(spans, part) for part in range(3))
+            form.plan(step)
             form.write(k, v, self.heads, step, rule)
             out = torch.full(q.shape, torch.nan, dtype=q.dtype)
             form.attention(q, self.heads, step, rule, out)
@@ -285,3 +286,52 @@ def check(form, case: Case, shape: Shape, compensation: bool = True) -> None:
     for index, (out, want) in enumerate(zip(outputs, expected, strict=True)):
         error = (out.double() - want).abs().max()
         assert error <= allowed, f"request {index}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+class Far:
+    """One request of 128k tokens whose pages are a few physical ones, over and over."""
+
+    def __init__(self, length: int = 131_072) -> None:
+        torch.manual_seed(5)
+        self.length, self.size, head_dim = length, 32, 64
+        layout = PageLayout(self.size, head_dim, torch.float32, has_tail=True)
+        cache = torch.randn(5, 2, layout.rows, 2 * head_dim)
+        self.window = Window(4, 1000, 0.0, self.size)
+        count = length // self.size
+        self.table = (torch.arange(count) % 5).int()[None]
+        pools = (PoolPages(cache, layout, None), PoolPages(cache, layout, self.window))
+        self.heads = LayerHeads(
+            pools, torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+        )
+        nowhere = PoolTables(self.table, torch.tensor([-1]))
+        self.step = Step(
+            query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
+            seq_lens=torch.tensor([length], dtype=torch.int32),
+            dense_until=torch.tensor([0], dtype=torch.int32),
+            max_query_len=1,
+            tables=(nowhere, nowhere),
+        )
+        self.query = torch.randn(1, 2, 4, head_dim)
+        self.cache, self.layout = cache, layout
+
+    def run(self, form) -> torch.Tensor:
+        out = torch.full_like(self.query, torch.nan)
+        form.plan(self.step)
+        form.attention(self.query, self.heads, self.step, rule_of(Shape(torch.float32, 4, 64)), out)
+        return out
+
+    def expected(self) -> torch.Tensor:
+        """Both heads over whole tensors, in fp64."""
+        pages = self.cache[self.table[0].long()].double()
+        rows = pages[:, :, : self.size].transpose(0, 1).flatten(1, 2)  # [2, length, 2D]
+        k, v = rows.split(64, dim=-1)
+        q = self.query[0].double() * 64**-0.5
+        logits = torch.einsum("hgd,hnd->hgn", q, k)
+        start = self.window.first_window_page((self.length - 1) // self.size) * self.size
+        tail = self.layout.tails(self.cache)[self.table[0, start // self.size - 1], 1].double()
+        num_dropped = start - self.window.sinks
+        slot_k, slot_v = (tail / num_dropped).split(64)
+        seen = torch.cat([logits[1, :, :4], logits[1, :, start:]], dim=-1)
+        seen = torch.cat([seen, (q[1] @ slot_k)[:, None] + torch.tensor(num_dropped).log()], -1)
+        seen_v = torch.cat([v[1, :4], v[1, start:], slot_v[None]])
+        return torch.stack([logits[0].softmax(-1) @ v[0], seen.softmax(-1) @ seen_v])[None]

@@ -1,26 +1,33 @@
 """Which form of the kernels serves: the choice, and what a form is.
 
 device   first choice   where that cannot be had
+cuda     Triton         an error
 cpu      native         PyTorch, with a warning that says what is lost
 other    PyTorch
 """
 
 import logging
-from typing import Literal, Protocol
+import os
+from typing import NamedTuple, Protocol
 
 import torch
 
 from razor_kernels import native
+from razor_kernels.layout import PageLayout
 from razor_kernels.paged import PagedForm
 from razor_kernels.step import LayerHeads, Rule, Step
+from razor_kernels.window import Window
 
 logger = logging.getLogger(__name__)
 
-FormName = Literal["native", "paged"]
+OVERRIDE = "RAZOR_KERNELS"
+"""Environment variable that names the form, for debugging: native, paged or triton."""
 
 
 class Form(Protocol):
-    """Write and attention of one layer (the contract is `step`'s)."""
+    """Plan of a step, then write and attention of each layer (the contract is `step`'s)."""
+
+    def plan(self, step: Step) -> None: ...
 
     def write(
         self,
@@ -41,20 +48,70 @@ class Form(Protocol):
     ) -> None: ...
 
 
-def choose_form(device: torch.device, head_dim: int, group: int, stored: torch.dtype) -> Form:
-    """The fastest form for heads of this kind.
+class Setting(NamedTuple):
+    """What a form is made for; the same for all layers.
 
-    Args:
-        group: query heads a KV head. stored: dtype of the cache.
+    layouts: of the retrieval and the local pool, None where there is none. window: of local
+    heads. group: query heads a KV head. dtype: of queries. max_requests: of a step.
+    max_queries: of a request in decode: 1, and the drafted tokens with speculation.
     """
-    if device.type != "cpu":
+
+    device: torch.device
+    layouts: tuple[PageLayout | None, PageLayout | None]
+    window: Window | None
+    num_kv_heads: int
+    group: int
+    dtype: torch.dtype
+    max_requests: int
+    max_queries: int
+
+    @property
+    def layout(self) -> PageLayout:
+        found = self.layouts[0] or self.layouts[1]
+        assert found is not None, "a model has heads of some kind"
+        return found
+
+
+def choose_form(setting: Setting) -> Form:
+    """The fastest form.
+
+    Raises:
+        NotImplementedError: heads that the Triton kernels do not cover, on a GPU.
+        RuntimeError: the form that `RAZOR_KERNELS` names is not there.
+    """
+    wish = os.environ.get(OVERRIDE, "")
+    if wish == "triton" or (not wish and setting.device.type == "cuda"):
+        return _triton(setting)
+    if wish == "native":
+        return native.NativeForm()
+    if wish == "paged" or setting.device.type != "cpu":
         return PagedForm()
-    if not native.covers(head_dim, group, stored):
+    return _on_cpu(setting)
+
+
+def _triton(setting: Setting) -> Form:
+    from razor_kernels.triton_form import TritonForm
+
+    return TritonForm(
+        setting.device,
+        setting.layouts,
+        setting.window,
+        setting.num_kv_heads,
+        setting.group,
+        setting.max_requests,
+        setting.dtype,
+        setting.max_queries,
+    )
+
+
+def _on_cpu(setting: Setting) -> Form:
+    head_dim, stored = setting.layout.head_dim, setting.layout.dtype
+    if not native.covers(head_dim, setting.group, stored):
         logger.warning(
             "razor: no native kernels for heads of %d (group %d, %s): attention runs in "
             "PyTorch, several times slower",
             head_dim,
-            group,
+            setting.group,
             stored,
         )
         return PagedForm()

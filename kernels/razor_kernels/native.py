@@ -125,6 +125,9 @@ class NativeForm:
         # By id; the key's object is held, so that an id is not used again.
         self._layers: dict[tuple[int, int], tuple[LayerHeads, Rule, _Layer]] = {}
 
+    def plan(self, step: Step) -> None:
+        """Nothing: a step is taken in by the first layer that brings it."""
+
     def write(
         self,
         key: torch.Tensor,

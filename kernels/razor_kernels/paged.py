@@ -375,6 +375,9 @@ class PagedForm:
         # By id; the key's object is held, so that an id is not used again.
         self._layers: dict[int, tuple[LayerHeads, tuple[_PoolHeads | None, ...]]] = {}
 
+    def plan(self, step: Step) -> None:
+        """Nothing: a step is taken in by the first layer that brings it."""
+
     def write(
         self,
         key: torch.Tensor,

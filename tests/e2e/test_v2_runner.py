@@ -13,9 +13,14 @@ FULL = {"extra_args": {"kv_policy": "full"}}
 OPTIONS = {"max_model_len": 512, "max_num_batched_tokens": 64, "max_num_seqs": 4}
 
 
-def run_v2(model: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Answers of an engine on the V2 runner, from a process of its own."""
+def run_v2(model: Path, job: dict[str, Any], kernels: str) -> dict[str, Any]:
+    """Answers of an engine on the V2 runner, from a process of its own.
+
+    Args:
+        kernels: their form, see `razor_kernels.forms`.
+    """
     env = {
+        "RAZOR_KERNELS": kernels,
         "TRITON_INTERPRET": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         # Skips a warm-up whose dummy logits upset the interpreted sampler.
@@ -24,9 +29,16 @@ def run_v2(model: Path, job: dict[str, Any]) -> dict[str, Any]:
     return run_script("v2_answers.py", model, job, env, [TESTS / "stubs" / "triton_cpu"])
 
 
-@pytest.mark.parametrize("prefill", ["exact", "windowed"])
-def test_v2_runner_answers_as_v1(model_dir: Path, tmp_path: Path, prefill: str) -> None:
-    """Cache misses, cache hits and opt-out requests, on both runners."""
+@pytest.mark.parametrize(
+    ("prefill", "kernels"), [("exact", "triton"), ("windowed", "triton"), ("exact", "native")]
+)
+def test_v2_runner_answers_as_v1(
+    model_dir: Path, tmp_path: Path, prefill: str, kernels: str
+) -> None:
+    """Cache misses, cache hits and opt-out requests, on both runners.
+
+    V2's attention runs in Triton, interpreted, or natively; V1's natively.
+    """
     razor = {
         "head_profile": profile_file(tmp_path, SOME_HEADS),
         "window": 32,
@@ -40,7 +52,8 @@ def test_v2_runner_answers_as_v1(model_dir: Path, tmp_path: Path, prefill: str) 
         "max_tokens": 12,
         "rounds": rounds,
     }
-    result = run_v2(model_dir, job)
+    result = run_v2(model_dir, job, kernels)
+    assert result["form"] == {"triton": "TritonForm", "native": "NativeForm"}[kernels]
     assert result["runner"] == "vllm.v1.worker.cpu.model_runner", "not the V2 runner"
     assert result["free"]
     with engine(model_dir, razor, **OPTIONS) as llm:
@@ -62,7 +75,7 @@ def test_v2_runner_survives_preemption(model_dir: Path) -> None:
         "max_tokens": 60,
         "rounds": [{}],
     }
-    result = run_v2(model_dir, job)
+    result = run_v2(model_dir, job, "native")
     assert result["free"]
     assert result["preemptions"] > 0
     with engine(model_dir, razor, **options) as llm:

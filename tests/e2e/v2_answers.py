@@ -11,6 +11,8 @@ import sys
 
 from engines import answers, counted_preemptions, engine, manager_of, prompts
 
+from razor_vllm.pools import attachment_of
+
 
 def main() -> None:
     model, job = sys.argv[1], json.loads(sys.argv[2])
@@ -23,11 +25,19 @@ def main() -> None:
             for sampling in job["rounds"]
         ]
         pool = manager_of(llm).block_pool
+        attached = attachment_of(llm.llm_engine.vllm_config)
+        form = type(attached.form(llm.llm_engine.vllm_config)).__name__
         free = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     print(
         "RESULT "
         + json.dumps(
-            {"runner": module, "free": free, "rounds": rounds, "preemptions": len(preemptions)}
+            {
+                "runner": module,
+                "form": form,
+                "free": free,
+                "rounds": rounds,
+                "preemptions": len(preemptions),
+            }
         )
     )
 

@@ -10,6 +10,7 @@ from kernel_cases import (
     NUM_KV_HEADS,
     SHAPES,
     Case,
+    Far,
     Feed,
     Request,
     Shape,
@@ -18,8 +19,6 @@ from kernel_cases import (
 )
 
 from razor_kernels import PageLayout, forms, native, paged
-from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Step
-from razor_kernels.window import Window
 
 FORMS = {"paged": paged.PagedForm, "native": native.NativeForm}
 LONG = 600
@@ -94,54 +93,6 @@ def test_rejected_tokens_leave_the_sums(form) -> None:
     assert torch.equal(feed.run(form, rule)[0], plain)
 
 
-class Far:
-    """One request of 128k tokens whose pages are a few physical ones, over and over."""
-
-    def __init__(self, length: int = 131_072) -> None:
-        torch.manual_seed(5)
-        self.length, self.size, head_dim = length, 32, 64
-        layout = PageLayout(self.size, head_dim, torch.float32, has_tail=True)
-        cache = torch.randn(5, 2, layout.rows, 2 * head_dim)
-        self.window = Window(4, 1000, 0.0, self.size)
-        count = length // self.size
-        self.table = (torch.arange(count) % 5).int()[None]
-        pools = (PoolPages(cache, layout, None), PoolPages(cache, layout, self.window))
-        self.heads = LayerHeads(
-            pools, torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-        )
-        nowhere = PoolTables(self.table, torch.tensor([-1]))
-        self.step = Step(
-            query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
-            seq_lens=torch.tensor([length], dtype=torch.int32),
-            dense_until=torch.tensor([0], dtype=torch.int32),
-            max_query_len=1,
-            tables=(nowhere, nowhere),
-        )
-        self.query = torch.randn(1, 2, 4, head_dim)
-        self.cache, self.layout = cache, layout
-
-    def run(self, form) -> torch.Tensor:
-        out = torch.full_like(self.query, torch.nan)
-        form.attention(self.query, self.heads, self.step, rule_of(Shape(torch.float32, 4, 64)), out)
-        return out
-
-    def expected(self) -> torch.Tensor:
-        """Both heads over whole tensors, in fp64."""
-        pages = self.cache[self.table[0].long()].double()
-        rows = pages[:, :, : self.size].transpose(0, 1).flatten(1, 2)  # [2, length, 2D]
-        k, v = rows.split(64, dim=-1)
-        q = self.query[0].double() * 64**-0.5
-        logits = torch.einsum("hgd,hnd->hgn", q, k)
-        start = self.window.first_window_page((self.length - 1) // self.size) * self.size
-        tail = self.layout.tails(self.cache)[self.table[0, start // self.size - 1], 1].double()
-        num_dropped = start - self.window.sinks
-        slot_k, slot_v = (tail / num_dropped).split(64)
-        seen = torch.cat([logits[1, :, :4], logits[1, :, start:]], dim=-1)
-        seen = torch.cat([seen, (q[1] @ slot_k)[:, None] + torch.tensor(num_dropped).log()], -1)
-        seen_v = torch.cat([v[1, :4], v[1, start:], slot_v[None]])
-        return torch.stack([logits[0].softmax(-1) @ v[0], seen.softmax(-1) @ seen_v])[None]
-
-
 def test_far_positions(form) -> None:
     """131,072 tokens: positions, page indices and sums of their size are no trouble."""
     far = Far()
@@ -175,16 +126,21 @@ def test_every_build_that_runs_here_is_right(build: str, monkeypatch) -> None:
         native.library.cache_clear()
 
 
+def setting(head_dim: int, dtype: torch.dtype) -> forms.Setting:
+    """Of a model with retrieval heads alone."""
+    layout = PageLayout(32, head_dim, dtype, has_tail=False)
+    return forms.Setting(torch.device("cpu"), (layout, None), None, 4, 2, dtype, 8, 1)
+
+
 def test_without_a_build_pytorch_serves(monkeypatch, caplog) -> None:
     """What is lost is said; and the choice is the native form where it is built."""
-    device = torch.device("cpu")
-    chosen = forms.choose_form(device, 64, 4, torch.bfloat16)
+    chosen = forms.choose_form(setting(64, torch.bfloat16))
     assert isinstance(chosen, native.NativeForm)
     monkeypatch.setattr(native, "BUILDS", ("_not_built",))
     native.library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            chosen = forms.choose_form(device, 64, 4, torch.bfloat16)
+            chosen = forms.choose_form(setting(64, torch.bfloat16))
     finally:
         native.library.cache_clear()
     assert isinstance(chosen, paged.PagedForm)
@@ -194,7 +150,7 @@ def test_without_a_build_pytorch_serves(monkeypatch, caplog) -> None:
 def test_odd_head_dims_fall_back_loudly(caplog) -> None:
     """A head_dim that is no multiple of 16 has no native form."""
     with caplog.at_level(logging.WARNING):
-        chosen = forms.choose_form(torch.device("cpu"), 72, 1, torch.float32)
+        chosen = forms.choose_form(setting(72, torch.float32))
     assert isinstance(chosen, paged.PagedForm)
     assert "heads of 72" in caplog.text
 

@@ -1,0 +1,289 @@
+"""The Triton form: the host side of the kernels that serve on a GPU.
+
+    step    plan: one small launch, before a CUDA graph is replayed
+    layer   write: one launch; attention: decode and merge, and prefill where a request
+            of the step has more queries than a decode takes
+
+All buffers are allocated once, and nothing here waits for the device.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from razor_kernels import triton_decode, triton_prefill, triton_write
+from razor_kernels.layout import PageLayout
+from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Rule, Step
+from razor_kernels.triton_interpreter import mend
+from razor_kernels.triton_tile import Batch, Heads, Logits, Pool
+from razor_kernels.window import Window
+
+HEAD_DIMS = range(16, 257, 16)
+GROUPS = range(1, 17)
+
+_DECODE_TILE_BYTES = 32 * 1024
+"""Of K and V a tile: with two units an SM, see `triton_decode.WAVE`. Derived, not measured."""
+
+
+class Device(NamedTuple):
+    """What launches depend on. capability: 10 * major + minor of the compute capability."""
+
+    num_sms: int
+    capability: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Device":
+        """The device's own; an interpreted device is a small one of the latest kind."""
+        if device.type != "cuda":
+            return cls(num_sms=4, capability=100)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.multi_processor_count, 10 * properties.major + properties.minor)
+
+    @property
+    def converts_fp8(self) -> bool:
+        """Whether Triton converts e4m3 with the device's instructions."""
+        return self.capability >= 89
+
+
+class PrefillTile(NamedTuple):
+    """Rows and keys of a tile, and how it is run."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_tile(head_dim: int, dtype: torch.dtype, stored: torch.dtype) -> PrefillTile:
+    """Tile of the prefill; derived from registers and shared memory, not measured.
+
+    An accumulator of 128 x 128 fp32 is 64 registers a thread of 256, K and V of 64 keys in
+    two stages 64 KiB; head_dim 256 halves the keys. Dots of fp32 run without tensor cores:
+    their tiles are as small as a dot allows, to hold operands in registers.
+    """
+    wide = triton.next_power_of_2(head_dim)
+    if dtype == torch.float32:
+        return PrefillTile(32, 32 if wide < 256 else 16, 4 if wide < 128 else 8, 2)
+    if wide < 128:
+        return PrefillTile(128, 64, 4, 3)
+    return PrefillTile(128, 64 if wide < 256 else 32, 8, 2)
+
+
+def decode_block_n(head_dim: int, stored: torch.dtype) -> int:
+    """Keys of a tile of the decode."""
+    row = 2 * triton.next_power_of_2(head_dim) * stored.itemsize
+    return min(128, max(16, _DECODE_TILE_BYTES // row))
+
+
+class TritonForm:
+    """Write, plan and attention by Triton (the contract is `step`'s).
+
+    Args:
+        layouts: of the retrieval and the local pool; None where the model has no such heads.
+        window: of the local heads.
+        num_kv_heads: of a layer. group: query heads a KV head, 1 to 16.
+        max_requests: of a step, padding included.
+        max_queries: a request with so many queries or fewer is decoded, one with more is
+            prefilled: 1, and the drafted tokens with speculation.
+        dtype: of queries and outputs.
+        traits: of the device; by default its own.
+
+    Raises:
+        NotImplementedError: heads that the kernels do not cover.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        layouts: tuple[PageLayout | None, PageLayout | None],
+        window: Window | None,
+        num_kv_heads: int,
+        group: int,
+        max_requests: int,
+        dtype: torch.dtype,
+        max_queries: int = 1,
+        traits: Device | None = None,
+    ) -> None:
+        mend()
+        layout = layouts[0] or layouts[1]
+        assert layout is not None, "a model has heads of some kind"
+        if layout.head_dim not in HEAD_DIMS or group not in GROUPS:
+            raise NotImplementedError(
+                f"head_dim {layout.head_dim} with {group} query heads a KV head: the Triton "
+                "kernels cover multiples of 16 up to 256, and 1 to 16 query heads"
+            )
+        self.traits = traits or Device.of(device)
+        self.group, self.num_kv_heads, self.max_requests = group, num_kv_heads, max_requests
+        self.max_queries = max_queries
+        self._shapes = (_pool_shape(layouts[0], None), _pool_shape(layouts[1], window))
+        self._tile = prefill_tile(layout.head_dim, dtype, layout.dtype)
+        self._plan = self._allocate_plan(device, decode_block_n(layout.head_dim, layout.dtype))
+        self._partials = self._allocate_partials(device, layout.head_dim)
+
+    def max_units(self, num_requests: int) -> int:
+        """Most units that a plan divides a layer's keys into, beyond one a request and head.
+
+        A lone request needs few: those that fill the device.
+        """
+        most = min(triton_decode.MAX_UNITS, 4 + num_requests)
+        return most * self.traits.num_sms
+
+    def _allocate_plan(self, device: torch.device, block_n: int) -> triton_decode.Plan:
+        heads, requests = self.num_kv_heads, self.max_requests
+        max_items = self.max_units(requests) + requests
+        kinds = (heads + 1, 2)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        return triton_decode.Plan(
+            zeros(heads + 1),
+            zeros(*kinds, max_items),
+            zeros(*kinds, requests + 1),
+            MAX_ITEMS=tl.constexpr(max_items),
+            MAX_REQUESTS=tl.constexpr(requests),
+            NUM_KV_HEADS=tl.constexpr(heads),
+            BLOCK_H=tl.constexpr(triton.next_power_of_2(heads)),
+            BLOCK_N=tl.constexpr(block_n),
+            MAX_QUERIES=tl.constexpr(self.max_queries),
+        )
+
+    def _allocate_partials(self, device: torch.device, head_dim: int) -> triton_decode.Partials:
+        requests = self.max_requests
+        units = self.max_units(requests) + requests * self.num_kv_heads
+        rows = units * self.max_queries * self.group
+        return triton_decode.Partials(
+            torch.empty(rows, head_dim, dtype=torch.float32, device=device),
+            torch.empty(rows, dtype=torch.float32, device=device),
+        )
+
+    def plan(self, step: Step) -> None:
+        """Plan a step's decode on the device, from what its tensors hold then: before `attention`.
+
+        It reads lengths and `dense_until` alone, so a step of one pool's tables will do. A
+        CUDA graph that reads the same tensors is replayed after it.
+        """
+        num_requests = len(step.seq_lens)
+        if num_requests > self.max_requests:
+            raise ValueError(f"{num_requests} requests; this form was made for {self.max_requests}")
+        triton_decode.plan(
+            *self._shapes,
+            _batch(step),
+            self._plan,
+            self.max_units(num_requests),
+            self.traits.num_sms,
+        )
+
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        heads: LayerHeads,
+        step: Step,
+        rule: Rule,
+    ) -> None:
+        """K and V into the pages; a local page that is full now gets its running sums."""
+        triton_write.write(
+            triton_write.Tokens.of(key, rule.k_scale),
+            triton_write.Tokens.of(value, rule.v_scale),
+            *self._pools(heads, step),
+            Heads(heads.pool_of, heads.slot_of),
+            _batch(step),
+            step.max_query_len,
+        )
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        heads: LayerHeads,
+        step: Step,
+        rule: Rule,
+        out: torch.Tensor,
+    ) -> None:
+        """Every query head over its KV head's pages."""
+        q, o = triton_decode.Queries.of(query), triton_decode.Queries.of(out)
+        pools, batch = self._pools(heads, step), _batch(step)
+        where = Heads(heads.pool_of, heads.slot_of)
+        precision = "ieee" if query.dtype == torch.float32 else "tf32"
+        logits = Logits(
+            rule.scale * rule.k_scale,
+            rule.alibi_slopes,
+            tl.constexpr(rule.soft_cap),
+            tl.constexpr(precision),
+        )
+        triton_decode.decode(
+            q,
+            o,
+            *pools,
+            where,
+            batch,
+            self._plan,
+            self._partials,
+            logits,
+            rule.v_scale,
+            rule.compensation,
+            self.max_units(len(step.seq_lens)),
+        )
+        if step.max_query_len > self.max_queries:
+            triton_prefill.prefill(
+                q,
+                o,
+                *pools,
+                where,
+                batch,
+                logits,
+                rule.v_scale,
+                rule.compensation,
+                self.max_queries + 1,
+                *self._tile,
+            )
+
+    def _pools(self, heads: LayerHeads, step: Step) -> tuple[Pool | None, Pool | None]:
+        both = zip(self._shapes, heads.pools, step.tables, strict=True)
+        retrieval, local = (
+            self._pool(shape, pages, tables) if shape and pages and tables else None
+            for shape, pages, tables in both
+        )
+        return retrieval, local
+
+    def _pool(self, shape: Pool, pages: PoolPages, tables: PoolTables) -> Pool:
+        cache = pages.cache
+        if cache.dtype == torch.float8_e4m3fn and not self.traits.converts_fp8:
+            cache = cache.view(torch.uint8)
+        return shape._replace(
+            cache_ptr=cache,
+            stride_cache_page=cache.stride(0),
+            stride_cache_slot=cache.stride(1),
+            block_table_ptr=tables.block_table,
+            stride_block_table=tables.block_table.stride(0),
+            slot_mapping_ptr=tables.slot_mapping,
+        )
+
+
+def _batch(step: Step) -> Batch:
+    return Batch(step.query_start_loc, step.seq_lens, step.dense_until)
+
+
+def _pool_shape(layout: PageLayout | None, window: Window | None) -> Pool | None:
+    """What kernels are compiled for of a pool; a plan needs no more."""
+    if layout is None:
+        return None
+    sinks, least, ratio = 0, 0, 0
+    if window is not None:
+        sinks, least, ratio = window.sinks, window.window, window.ratio_millionths
+    return Pool(
+        cache_ptr=None,
+        stride_cache_page=0,
+        stride_cache_slot=0,
+        block_table_ptr=None,
+        stride_block_table=0,
+        slot_mapping_ptr=None,
+        HEAD_DIM=tl.constexpr(layout.head_dim),
+        BLOCK_SIZE=tl.constexpr(layout.block_size),
+        LOCAL=tl.constexpr(window is not None),
+        SINKS=tl.constexpr(sinks),
+        WINDOW=tl.constexpr(least),
+        RATIO=tl.constexpr(ratio),
+    )

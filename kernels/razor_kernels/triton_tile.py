@@ -1,0 +1,222 @@
+"""What the Triton kernels share: a tile of keys, its logits, the online softmax.
+
+The keys that a query reads are a list with one gap in it, where tokens were dropped:
+
+    index i of the list     position
+    [0, num_sinks)          i
+    [num_sinks, length)     i + gap
+
+so a kernel walks `cdiv(length, BLOCK_N)` tiles and touches nothing of the gap. Logits are
+in log2, fp32 throughout; m_i is a row's greatest logit, l_i its sum of 2^(logit - m_i).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from razor_kernels.window import _RATIO_SCALE as _WINDOW_RATIO_SCALE
+
+LOG2E = tl.constexpr(1.4426950408889634)
+RATIO_SCALE = tl.constexpr(_WINDOW_RATIO_SCALE)
+E4M3_MAX = tl.constexpr(448.0)
+
+
+class Pool(NamedTuple):
+    """One pool as the kernels take it: `step.PoolPages` and its `step.PoolTables`.
+
+    Strides count elements. A cache of fp8 is handed over as uint8 where the device cannot
+    convert it (before sm_89). A plan needs no pointers. SINKS, WINDOW and RATIO (millionths)
+    are a `window.Window`'s, 0 where not LOCAL.
+    """
+
+    cache_ptr: torch.Tensor | None
+    stride_cache_page: int
+    stride_cache_slot: int
+    block_table_ptr: torch.Tensor | None
+    stride_block_table: int
+    slot_mapping_ptr: torch.Tensor | None
+    HEAD_DIM: tl.constexpr
+    BLOCK_SIZE: tl.constexpr
+    LOCAL: tl.constexpr
+    SINKS: tl.constexpr
+    WINDOW: tl.constexpr
+    RATIO: tl.constexpr
+
+
+class Batch(NamedTuple):
+    """The step's requests as the kernels take them, see `step.Step`."""
+
+    query_start_loc_ptr: torch.Tensor
+    seq_lens_ptr: torch.Tensor
+    dense_until_ptr: torch.Tensor
+
+
+class Heads(NamedTuple):
+    """One layer's KV heads as the kernels take them, see `step.LayerHeads`."""
+
+    pool_of_ptr: torch.Tensor
+    slot_of_ptr: torch.Tensor
+
+
+class Logits(NamedTuple):
+    """How logits are made of q.k, see `step.Rule`. scale: with the cache's k_scale.
+
+    PRECISION: of a dot of fp32, "ieee" or "tf32".
+    """
+
+    scale: float
+    slopes_ptr: torch.Tensor | None
+    SOFT_CAP: tl.constexpr
+    PRECISION: tl.constexpr
+
+
+@triton.jit
+def first_window_page(pool, page):
+    """`Window.first_window_page`: first page that queries of `page` see as written."""
+    if pool.RATIO > 0:
+        last = (page + 1).to(tl.int64) * pool.BLOCK_SIZE - 1  # times RATIO it overruns int32
+        tokens = tl.maximum(tl.cdiv(last * pool.RATIO, RATIO_SCALE), pool.WINDOW)
+        pages = tl.cdiv(tokens, pool.BLOCK_SIZE).to(tl.int32)
+    else:
+        pages = (pool.WINDOW + pool.BLOCK_SIZE - 1) // pool.BLOCK_SIZE
+    return tl.maximum(page - pages, 0)
+
+
+@triton.jit
+def keys_of(pool, first, last, dense_until):
+    """The list of keys that a head's queries at positions [first, last] read.
+
+    Returns `num_sinks, gap, length` as the module's docstring has them.
+    """
+    if pool.LOCAL:
+        start = first_window_page(pool, first // pool.BLOCK_SIZE) * pool.BLOCK_SIZE
+        num_sinks = tl.minimum(start, pool.SINKS)
+        gap = tl.where(first < dense_until, 0, start - num_sinks)
+    else:
+        num_sinks = first * 0
+        gap = first * 0
+    return num_sinks, gap, last + 1 - gap
+
+
+@triton.jit
+def to_float(stored):
+    """Values of loaded cache elements; uint8 is e4m3, whose values fp16 holds exactly.
+
+    e4m3's bits, put in place, are an fp16 that is 2^8 too small (exponent biases 15 and 7).
+    """
+    if stored.dtype == tl.uint8:
+        bits = stored.to(tl.uint16)
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        return half.to(tl.float16, bitcast=True) * 256.0
+    else:
+        return stored
+
+
+@triton.jit
+def to_stored(x, scale, dtype: tl.constexpr):
+    """x (fp32) / scale as cache elements, to nearest; fp8 saturates; uint8 is e4m3."""
+    if dtype == tl.uint8:
+        x = tl.clamp(x / scale, -E4M3_MAX, E4M3_MAX)
+        bits = x.to(tl.uint32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        odd = (magnitude >> 20) & 1
+        normal = ((magnitude + 0x7FFFF + odd) >> 20) - (120 << 3)
+        # Below 2^-6 steps are 2^-9: adding 1.5 * 2^23 rounds to whole steps.
+        steps = tl.abs(x) * 512.0 + 12582912.0
+        subnormal = steps.to(tl.uint32, bitcast=True) - 0x4B400000
+        code = tl.where(magnitude < 0x3C800000, subnormal, normal)
+        return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    elif dtype == tl.float8e4nv:
+        return tl.clamp(x / scale, -E4M3_MAX, E4M3_MAX).to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def load_kv(pool, request, slot, positions, valid, dtype: tl.constexpr, BLOCK_D: tl.constexpr):
+    """K and V `[BLOCK_N, BLOCK_D]` of one slot; rows that are not valid are not read.
+
+    request, slot: int64. positions, valid: `[BLOCK_N]`.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    table_ptr = pool.block_table_ptr + request * pool.stride_block_table
+    pages = tl.load(table_ptr + positions // pool.BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+    offsets = positions % pool.BLOCK_SIZE * (2 * pool.HEAD_DIM)
+    slot_ptr = pool.cache_ptr + slot * pool.stride_cache_slot
+    k_ptr = slot_ptr + (pages * pool.stride_cache_page + offsets)[:, None] + dims[None, :]
+    mask = valid[:, None]
+    if BLOCK_D != pool.HEAD_DIM:
+        mask = mask & (dims < pool.HEAD_DIM)[None, :]
+    k = to_float(tl.load(k_ptr, mask=mask, other=0.0)).to(dtype)
+    v = to_float(tl.load(k_ptr + pool.HEAD_DIM, mask=mask, other=0.0)).to(dtype)
+    return k, v
+
+
+@triton.jit
+def load_slots(pool, request, slot, pages, valid, BLOCK_D: tl.constexpr):
+    """Compensation slots of the queries in `pages`, of `[NUM_SLOTS]`: k^, v^ and N.
+
+    k^ and v^ `[NUM_SLOTS, BLOCK_D]` are fp32, in stored units: S(first window page - 1) / N.
+    N is 0 where no token was dropped, or `valid` is not set.
+    """
+    first = first_window_page(pool, pages)
+    dropped = tl.where(valid, tl.maximum(first * pool.BLOCK_SIZE - pool.SINKS, 0), 0)
+    table_ptr = pool.block_table_ptr + request * pool.stride_block_table
+    page = tl.load(table_ptr + first - 1, mask=dropped > 0, other=0).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    sums_ptr = tail_ptr(pool, page, slot)[:, None] + dims[None, :]
+    mask = (dropped > 0)[:, None] & (dims < pool.HEAD_DIM)[None, :]
+    count = tl.maximum(dropped, 1).to(tl.float32)[:, None]
+    k = tl.load(sums_ptr, mask=mask, other=0.0) / count
+    v = tl.load(sums_ptr + pool.HEAD_DIM, mask=mask, other=0.0) / count
+    return k, v, dropped
+
+
+@triton.jit
+def tail_ptr(pool, page, slot):
+    """fp32 pointer to the running sums of int64 `page`: K's, V's HEAD_DIM further on."""
+    PER_FLOAT: tl.constexpr = 32 // pool.cache_ptr.dtype.element_ty.primitive_bitwidth
+    start = page * pool.stride_cache_page + slot * pool.stride_cache_slot
+    start += pool.BLOCK_SIZE * 2 * pool.HEAD_DIM
+    return pool.cache_ptr.to(tl.pointer_type(tl.float32)) + start // PER_FLOAT
+
+
+@triton.jit
+def to_log2(logits, qk, distance, slopes):
+    """Logits in log2 of products q.k, see `step`.
+
+    distance: key position - query position, fp32. slopes: of the rows, where ALiBi is used.
+    """
+    if logits.SOFT_CAP > 0:
+        # tanh(x) = sign(x) (1 - e) / (1 + e), e = exp(-2 |x|), never overruns
+        x = qk * (logits.scale / logits.SOFT_CAP)
+        e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+        tanh = (1.0 - e) / (1.0 + e)
+        result = tl.where(x < 0, -tanh, tanh) * (logits.SOFT_CAP * LOG2E)
+    else:
+        result = qk * (logits.scale * LOG2E)
+    if logits.slopes_ptr is not None:
+        result += slopes * distance * LOG2E
+    return result
+
+
+@triton.jit
+def load_slopes(logits, heads):
+    """ALiBi slopes of query heads, or zeros that nothing reads."""
+    if logits.slopes_ptr is not None:
+        return tl.load(logits.slopes_ptr + heads)
+    else:
+        return heads.to(tl.float32) * 0
+
+
+@triton.jit
+def accumulate(acc, m_i, l_i, logits, v, PRECISION: tl.constexpr):
+    """One step of the online softmax: `[M, D], [M], [M]` joined by `[M, N]` and `[N, D]`."""
+    m_new = tl.maximum(m_i, tl.max(logits, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that sees nothing yet
+    p = tl.exp2(logits - m_safe[:, None])
+    alpha = tl.exp2(m_i - m_safe)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, m_new, l_i * alpha + tl.sum(p, 1)

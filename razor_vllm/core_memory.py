@@ -1,0 +1,174 @@
+"""The engine process's side of the memory routes and metrics.
+
+The block tables live in the process of vLLM's EngineCore, the HTTP routes in another. vLLM's
+front end reaches the engine by *utility calls*: `engine_core.call_utility_async(name)` runs the
+method of that name on EngineCore between two steps. This module adds one such method and two
+counters.
+
+    where                          why
+    EngineCore.razor_memory        new method: pages, requests, result of the integrity check
+    EngineCore.add_request         counts requests by policy
+    Scheduler._preempt_request     counts preemptions
+
+They end with a vLLM that lets plugins add utility methods, and whose SchedulerStats can carry a
+plugin's own figures; checked against vLLM 0.32. `install` is called where the engine's other
+patches are made (`compat.install_engine_patches`).
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vllm.logger import init_logger
+
+from razor_vllm.config import config_of
+from razor_vllm.integrity import Violation, check_pools
+from razor_vllm.occupancy import MAX_LISTED_REQUESTS, occupancy, request_uses
+from razor_vllm.plan import MemoryPlan
+from razor_vllm.policy import request_policy
+from razor_vllm.report import plan_of
+
+logger = init_logger("vllm.razor")
+
+UTILITY = "razor_memory"
+"""Name of the utility method."""
+
+_RECENT = 256
+"""Requests that are remembered for the log line of a violation."""
+
+
+@dataclass
+class Watch:
+    """What is counted in one engine process.
+
+    checks, violations: integrity checks made, and those that found something. intact: result of the
+    last one; None before the first. changed: whether a request came since the last one.
+    """
+
+    plan: MemoryPlan
+    full_block_size: int
+    requests: dict[str, int] = field(default_factory=lambda: {"full": 0, "razor": 0})
+    checks: int = 0
+    violations: int = 0
+    intact: bool | None = None
+    checked_at: float | None = None
+    found: tuple[str, ...] = ()
+    changed: bool = True
+    recent: deque[str] = field(default_factory=lambda: deque(maxlen=_RECENT))
+
+    def check(self, manager: Any) -> None:
+        """Check the pools of an idle engine, and log what does not add up."""
+        violations = check_pools(manager, idle=True)
+        self.checks += 1
+        self.intact = not violations
+        self.checked_at = time.time()
+        self.found = tuple(violation.text for violation in violations[:_LOGGED])
+        self.changed = False
+        if violations:
+            self.violations += 1
+            self._log(violations)
+        self.recent.clear()
+
+    def _log(self, violations: list[Violation]) -> None:
+        for violation in violations[:_LOGGED]:
+            logger.error(
+                "pool integrity: %s; requests: %s",
+                violation.text,
+                ", ".join(violation.request_ids) or "unknown",
+            )
+        logger.error(
+            "pool integrity: %d violations; requests since the last check: %s",
+            len(violations),
+            ", ".join(self.recent) or "none",
+        )
+
+
+_LOGGED = 16
+"""Violations of one check that are logged and reported."""
+
+
+def watch_of(core: Any) -> Watch:
+    """The watch of an EngineCore; made at the first call."""
+    watch: Watch | None = core.__dict__.get("razor_watch")
+    if watch is None:
+        vllm_config = core.vllm_config
+        watch = Watch(
+            plan_of(vllm_config, core.scheduler.kv_cache_config),
+            vllm_config.cache_config.block_size,
+        )
+        core.razor_watch = watch
+    return watch
+
+
+def razor_memory(core: Any, list_requests: bool = False) -> dict[str, Any]:
+    """Utility method: an engine's memory as plain JSON types; checks the pools of an idle engine.
+
+    Args:
+        core: the EngineCore, between two steps.
+        list_requests: whether to name the requests that hold most, up to MAX_LISTED_REQUESTS.
+    """
+    begin = time.monotonic()
+    watch, scheduler = watch_of(core), core.scheduler
+    manager = scheduler.kv_cache_manager
+    if watch.changed and not scheduler.has_requests():
+        watch.check(manager)
+    plan, requests = watch.plan, scheduler.requests
+    use = occupancy(manager, requests, scheduler.get_request_counts(), plan, watch.full_block_size)
+    listed = []
+    if list_requests:
+        uses = request_uses(manager, requests, plan, watch.full_block_size)
+        largest = sorted(uses, key=lambda use: (-use.bytes, use.request_id))
+        listed = [asdict(use) for use in largest[:MAX_LISTED_REQUESTS]]
+    return {
+        **asdict(use),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "num_layers": plan.profile.num_layers,
+        "full_block_size": watch.full_block_size,
+        "requests_by_policy": dict(watch.requests),
+        "preemptions": getattr(scheduler, "razor_preemptions", 0),
+        "integrity": {
+            "intact": watch.intact,
+            "checks": watch.checks,
+            "violations": watch.violations,
+            "checked_at": watch.checked_at,
+            "found": list(watch.found),
+        },
+        "requests": listed,
+        "seconds": time.monotonic() - begin,
+    }
+
+
+def install() -> None:
+    """Add the utility method and the counters; may be called more than once."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
+    from razor_vllm import compat
+
+    core: Any = EngineCore
+    core.razor_memory = razor_memory
+    compat._wrap(EngineCore, "add_request", _counting_requests)
+    compat._wrap(Scheduler, "_preempt_request", _counting_preemptions)
+
+
+def _counting_requests(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if config_of(self.vllm_config.additional_config) is not None:
+            sampling = request.sampling_params
+            watch = watch_of(self)
+            watch.requests[request_policy(sampling.extra_args if sampling else None)] += 1
+            watch.recent.append(request.request_id)
+            watch.changed = True
+        return original(self, request, *args, **kwargs)
+
+    return add_request
+
+
+def _counting_preemptions(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _preempt_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.razor_preemptions = getattr(self, "razor_preemptions", 0) + 1
+        return original(self, *args, **kwargs)
+
+    return _preempt_request
