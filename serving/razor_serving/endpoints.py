@@ -1,0 +1,81 @@
+"""vLLM's endpoint plugin `razor`: our routes, page and metrics in vLLM's own application.
+
+Loaded by entry point (`vllm.endpoint_plugins`) where `VLLM_PLUGINS` names it, which
+`--kv-policy razor` sees to. An engine without the policy gets neither routes nor metrics.
+"""
+
+import argparse
+import asyncio
+import functools
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.tasks import SupportedTask
+
+from razor_serving import access, page
+from razor_serving.metrics import PoolMetrics, keep_current
+from razor_serving.routes import Service, router
+from razor_vllm.config import config_of
+
+_ended_badly = False
+
+
+def engine_died() -> bool:
+    """Whether this process served an engine that ended before it was told to."""
+    return _ended_badly
+
+
+def _watch_end(engine_client: Any, state: State) -> None:
+    """Note when the engine is told to end, and whether it was dead by then: vLLM exits with 0."""
+    shutdown = engine_client.shutdown
+
+    @functools.wraps(shutdown)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        global _ended_badly
+        _ended_badly = _ended_badly or engine_client.errored
+        state.razor_draining = True
+        engine_client.shutdown = shutdown
+        return shutdown(*args, **kwargs)
+
+    engine_client.shutdown = noting
+
+
+class RazorEndpoints:
+    """What vLLM asks of an endpoint plugin (`EndpointPlugin`)."""
+
+    name = "razor"
+    required_tasks: tuple[SupportedTask, ...] | None = ("generate",)
+
+    def __init__(self) -> None:
+        self._attached = False
+        self._task: asyncio.Task[None] | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes, where the server was asked for the policy."""
+        args = app.state.args
+        by_flag = getattr(args, "kv_policy", "full") == "razor"
+        if not by_flag and config_of(args.additional_config) is None:
+            return
+        app.include_router(router)
+        app.include_router(page.router)
+        access.install(app)
+        self._attached = True
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: argparse.Namespace
+    ) -> None:
+        """Give the routes their engine, and start the metrics."""
+        if not self._attached or engine_client is None:
+            return
+        vllm_config = engine_client.vllm_config
+        config = config_of(vllm_config.additional_config)
+        if config is None:
+            return
+        state.razor = Service(engine_client)
+        _watch_end(engine_client, state)
+        if vllm_config.parallel_config._api_process_rank <= 0 and state.log_stats:
+            # One process of several: they would all report the same engines.
+            metrics = PoolMetrics(vllm_config, config)
+            self._task = asyncio.create_task(keep_current(metrics, state.razor.reader))

@@ -1,0 +1,137 @@
+"""Prometheus metrics of the pools, on vLLM's own /metrics.
+
+They take vLLM's habits: names begin with `vllm:` (vLLM removes its own by that prefix before it
+makes them anew, and scrapers filter by it), then `razor_`; labels `model_name` and `engine` come
+first; bytes are of one rank. The figures live in the engines' processes and are read every two
+seconds, or less often where reading them takes long.
+
+    vllm:razor_pages             pool, state    pages; state is held, cached or free
+    vllm:razor_bytes             pool, state    their bytes
+    vllm:razor_kept_share                       bytes that requests hold, of the full policy's
+    vllm:razor_layer_kept_share  layer          the same a layer, padding left out
+    vllm:razor_saved_bytes                      full policy's bytes less those held
+    vllm:razor_dropped_tokens                   counter: tokens that left local heads' windows
+    vllm:razor_prefix_cache_hits pool           counter: tokens taken from the prefix cache
+    vllm:razor_requests          policy         counter: requests that reached the engine
+    vllm:razor_integrity                        1: the last check found nothing, 0: something
+    vllm:razor_integrity_checks  result         counter: intact, violated
+    vllm:razor_config_info       window, ...    1
+
+Free pages are of either pool: their `pool` is `any`. The shares are NaN while no request holds a
+page.
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from razor_serving.reader import MemoryReader
+from razor_vllm.config import RazorConfig
+
+logger = init_logger("vllm.razor")
+
+INTERVAL_SECONDS = 2.0
+_MOST_BUSY = 0.02
+"""Share of an engine's time that reading may take."""
+_LABELS = ("model_name", "engine")
+
+
+def _gauge(name: str, text: str, *labels: str) -> Gauge:
+    return Gauge(
+        f"vllm:razor_{name}", text, labelnames=[*_LABELS, *labels], multiprocess_mode="mostrecent"
+    )
+
+
+def _counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(f"vllm:razor_{name}", text, labelnames=[*_LABELS, *labels])
+
+
+class PoolMetrics:
+    """The metrics of one server.
+
+    Args:
+        vllm_config: for the model's name. config: of the policy.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, config: RazorConfig) -> None:
+        self._model = str(vllm_config.model_config.served_model_name)
+        self._seen: dict[tuple[str, ...], float] = {}
+        self.pages = _gauge("pages", "Pages of the KV block pool.", "pool", "state")
+        self.bytes = _gauge("bytes", "Bytes of those pages on one rank.", "pool", "state")
+        self.kept = _gauge("kept_share", "Bytes held, of what the full policy would hold.")
+        self.layer_kept = _gauge("layer_kept_share", "The same of one layer.", "layer")
+        self.saved = _gauge("saved_bytes", "Bytes that the full policy would hold more.")
+        self.integrity = _gauge("integrity", "1 where the last integrity check found nothing.")
+        self.dropped = _counter("dropped_tokens", "Tokens that left local heads' windows.")
+        self.hits = _counter("prefix_cache_hits", "Tokens taken from the prefix cache.", "pool")
+        self.requests = _counter("requests", "Requests that reached the engine.", "policy")
+        self.checks = _counter("integrity_checks", "Integrity checks made.", "result")
+        fields = ("window", "window_ratio", "sinks", "prefill")
+        info = _gauge("config_info", "Options of the policy.", *fields)
+        info.labels(self._model, "0", *(str(getattr(config, name)) for name in fields)).set(1)
+
+    def update(self, engines: Sequence[dict[str, Any]]) -> None:
+        """Take over the figures of all engines, as `core_memory.razor_memory` gives them."""
+        for index, figures in enumerate(engines):
+            self._update_pages(str(index), figures)
+            self._update_shares(str(index), figures)
+            self._update_counters(str(index), figures)
+
+    def _update_pages(self, engine: str, figures: dict[str, Any]) -> None:
+        amounts = [("any", "free", figures["free"])]
+        for pool in figures["pools"]:
+            amounts += [(pool["name"], state, pool[state]) for state in ("held", "cached")]
+        for pool_name, state, pages in amounts:
+            labels = (self._model, engine, pool_name, state)
+            self.pages.labels(*labels).set(pages)
+            self.bytes.labels(*labels).set(pages * figures["page_bytes"])
+
+    def _update_shares(self, engine: str, figures: dict[str, Any]) -> None:
+        held, full = figures["request_bytes"], figures["full_bytes"]
+        self.kept.labels(self._model, engine).set(held / full if full else math.nan)
+        self.saved.labels(self._model, engine).set(full - held)
+        shares = figures["layer_kept"] or [math.nan] * figures["num_layers"]
+        for layer, share in enumerate(shares):
+            self.layer_kept.labels(self._model, engine, str(layer)).set(share)
+        intact = figures["integrity"]["intact"]
+        if intact is not None:
+            self.integrity.labels(self._model, engine).set(intact)
+
+    def _update_counters(self, engine: str, figures: dict[str, Any]) -> None:
+        self._count(self.dropped, figures["dropped_tokens"], engine)
+        for pool in figures["pools"]:
+            self._count(self.hits, pool["hit_tokens"], engine, pool["name"])
+        for policy, number in figures["requests_by_policy"].items():
+            self._count(self.requests, number, engine, policy)
+        integrity = figures["integrity"]
+        bad = integrity["violations"]
+        self._count(self.checks, integrity["checks"] - bad, engine, "intact")
+        self._count(self.checks, bad, engine, "violated")
+
+    def _count(self, counter: Counter, total: float, *labels: str) -> None:
+        """Bring a counter up to an engine's own total."""
+        key = (counter._name, *labels)
+        counter.labels(self._model, *labels).inc(max(total - self._seen.get(key, 0), 0))
+        self._seen[key] = total
+
+
+async def keep_current(metrics: PoolMetrics, reader: MemoryReader) -> None:
+    """Update the metrics for as long as the engines live."""
+    while True:
+        busy = 0.0
+        try:
+            reading = await reader.read()
+            metrics.update(reading.engines)
+            busy = max(figures["seconds"] for figures in reading.engines)
+        except EngineDeadError:
+            return
+        except Exception as error:
+            # A shutdown in progress refuses calls; a step longer than the wait is no error.
+            logger.debug("pool metrics not read: %s", error)
+        await asyncio.sleep(max(INTERVAL_SECONDS, busy / _MOST_BUSY))
