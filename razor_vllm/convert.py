@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from razor_vllm.profile import HeadProfile, read_bounded
+from razor_vllm.profile import HeadProfile, read_bounded, write_whole
 
 DUO_FILE = "full_attention_heads.tsv"
+DUO_SIZES = "config.json"
 Rows = tuple[tuple[float, ...], ...]
 _SLACK = 0.01
 """Published gates leave 0..1 by up to 0.0014 (DuoAttention's Llama-2-7B); they are clipped."""
@@ -163,6 +164,8 @@ def select(gates: Rows, selection: Selection) -> tuple[tuple[int, ...], ...]:
         raise ValueError("gates and rankings need one of --share and --threshold")
     if selection.threshold is not None:
         limit = selection.threshold
+        if limit < 0 or not any(x >= limit for row in gates for x in row):
+            raise ValueError(f"threshold is {limit}: no gate reaches it, or every gate would")
         return tuple(tuple(h for h, x in enumerate(row) if x >= limit) for row in gates)
     assert selection.share is not None
     if not 0 < selection.share <= 1:
@@ -173,6 +176,23 @@ def select(gates: Rows, selection: Selection) -> tuple[tuple[int, ...], ...]:
     return tuple(
         tuple(h for h in range(len(row)) if (at, h) in chosen) for at, row in enumerate(gates)
     )
+
+
+def duo_sizes(folder: Path) -> dict[str, int]:
+    """Sinks and window, in tokens, that a DuoAttention pattern was made for; {} if not said.
+
+    Raises:
+        ValueError: a `config.json` that is none, or a size that is no whole number.
+    """
+    path = folder / DUO_SIZES
+    if not path.is_file():
+        return {}
+    try:
+        data = _json(read_bounded(path, "pattern's sizes"))
+        names = {"sinks": "sink_size", "window": "recent_size"}
+        return {name: _index(data[key], key) for name, key in names.items() if key in data}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _from_tsv(
@@ -208,6 +228,7 @@ def convert(path: Path, shape: ModelShape, selection: Selection) -> HeadProfile:
         ValueError: one line that names the file and what is wrong with it.
     """
     source = path / DUO_FILE if path.is_dir() else path
+    sizes = duo_sizes(path) if path.is_dir() else {}
     scores: dict[str, Rows] = {}
     raw = read_bounded(source, "pattern")
     try:
@@ -230,18 +251,33 @@ def convert(path: Path, shape: ModelShape, selection: Selection) -> HeadProfile:
             shape.head_size,
             heads,
             scores,
-            {"method": "converted", "file": source.name, "selection": selection._asdict()},
+            {
+                "method": "converted",
+                "file": source.name,
+                "selection": selection._asdict(),
+                **({"made_for": sizes} if sizes else {}),
+            },
         )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 
 def write_duo(profile: HeadProfile, folder: Path, sinks: int, window: int) -> None:
-    """Write a profile in DuoAttention's form: a 0/1 gate a head, and the run's sizes."""
+    """Write a profile in DuoAttention's form: a 0/1 gate a head, and the run's sizes.
+
+    Args:
+        sinks, window: tokens.
+
+    Raises:
+        ValueError: a size below 0.
+    """
+    for name, value in (("sinks", sinks), ("window", window)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; accepted are whole numbers from 0 up")
     rows = []
     for heads in profile.retrieval_heads:
         gates = [str(float(head in heads)) for head in range(profile.num_kv_heads)]
         rows.append("\t".join(gates) + "\n")
-    (folder / DUO_FILE).write_text("".join(rows), encoding="utf-8")
     sizes = {"sink_size": sinks, "recent_size": window}
-    (folder / "config.json").write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+    write_whole(folder / DUO_FILE, "".join(rows).encode())
+    write_whole(folder / DUO_SIZES, (json.dumps(sizes) + "\n").encode())

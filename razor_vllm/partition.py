@@ -50,7 +50,14 @@ def partition(
 
     Raises:
         ValueError: KV heads that do not divide over the ranks.
+        NotImplementedError: layers with a sliding window of the model's own.
     """
+    if profile.sliding_layers:
+        raise NotImplementedError(
+            f"razor: a model with sliding-window layers ({len(profile.sliding_layers)} of "
+            f"{profile.num_layers}) is not covered by --kv-policy razor: it can be calibrated "
+            "and shown, not served or planned"
+        )
     stages = stages or (range(profile.num_layers),)
     ranks = [
         _own_heads(profile, layers, tp_size, rank) for layers in stages for rank in range(tp_size)

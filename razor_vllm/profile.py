@@ -6,7 +6,8 @@
      "model": {"num_layers": 4, "num_kv_heads": 4, "head_size": 32},
      "retrieval_heads": [[0], [], [1, 3], []],       KV heads, a list a layer
      "scores": {"induction": [[0.9, ...], ...]},     a row a layer, a column a KV head
-     "made_by": {"method": "..."}}
+     "made_by": {"method": "..."},
+     "sliding_layers": [1]}                          optional: with a window of the model's own
 """
 
 import json
@@ -23,7 +24,7 @@ FILE_NAME = "razor_profile.json"
 FORMAT = "razor-head-profile"
 VERSION = 1
 MAX_BYTES = 16 * 1024 * 1024
-_KEYS = {"format", "version", "model", "retrieval_heads", "scores", "made_by"}
+_KEYS = {"format", "version", "model", "retrieval_heads", "scores", "made_by", "sliding_layers"}
 _MODEL_KEYS = ("num_layers", "num_kv_heads", "head_size")
 
 
@@ -36,6 +37,8 @@ class HeadProfile:
         retrieval_heads: sorted KV heads, a tuple a layer.
         scores: name to rows of layers by columns of KV heads, all finite and >= 0.
         made_by: how the profile was found; free of form.
+        sliding_layers: layers with a sliding window of the model's own. Their heads are
+            neither retrieval heads nor local ones, and score 0.
 
     Raises:
         ValueError: a shape, a head or a score that does not fit.
@@ -47,6 +50,7 @@ class HeadProfile:
     retrieval_heads: tuple[tuple[int, ...], ...]
     scores: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
+    sliding_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in _MODEL_KEYS:
@@ -62,6 +66,7 @@ class HeadProfile:
             self._check_heads(layer, heads)
         for name, rows in self.scores.items():
             self._check_scores(name, rows)
+        self._check_sliding_layers()
 
     def _check_heads(self, layer: int, heads: tuple[int, ...]) -> None:
         for head in heads:
@@ -88,6 +93,18 @@ class HeadProfile:
                         f"scores {name!r}, layer {layer}: {value!r} is not finite and >= 0"
                     )
 
+    def _check_sliding_layers(self) -> None:
+        layers = list(self.sliding_layers)
+        for layer in layers:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise ValueError(f"sliding layer {layer!r} is not a whole number")
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(f"sliding layer {layer} is outside 0..{self.num_layers - 1}")
+            if self.retrieval_heads[layer]:
+                raise ValueError(f"layer {layer} has a sliding window, and retrieval heads")
+        if layers != sorted(set(layers)):
+            raise ValueError(f"sliding_layers {layers} are not sorted and unique")
+
     @property
     def num_retrieval_heads(self) -> int:
         return sum(len(heads) for heads in self.retrieval_heads)
@@ -96,6 +113,16 @@ class HeadProfile:
     def num_heads(self) -> int:
         """KV heads of the whole model."""
         return self.num_layers * self.num_kv_heads
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the model's KV heads that keep the whole context."""
+        return self.num_retrieval_heads / self.num_heads
+
+    @property
+    def kept_shares(self) -> tuple[float, ...]:
+        """Share of each layer's KV heads that keep the whole context."""
+        return tuple(len(heads) / self.num_kv_heads for heads in self.retrieval_heads)
 
     def local_heads(self, layer: int) -> tuple[int, ...]:
         """KV heads of a layer that are not retrieval heads."""
@@ -117,17 +144,17 @@ class HeadProfile:
             )
 
     def to_json(self) -> str:
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "model": {name: getattr(self, name) for name in _MODEL_KEYS},
-                "retrieval_heads": self.retrieval_heads,
-                "scores": self.scores,
-                "made_by": self.made_by,
-            },
-            indent=1,
-        )
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": {name: getattr(self, name) for name in _MODEL_KEYS},
+            "retrieval_heads": self.retrieval_heads,
+            "scores": self.scores,
+            "made_by": self.made_by,
+        }
+        if self.sliding_layers:
+            data["sliding_layers"] = self.sliding_layers
+        return json.dumps(data, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "HeadProfile":
@@ -158,6 +185,7 @@ class HeadProfile:
             retrieval_heads=_rows(data, "retrieval_heads"),
             scores={name: _rows(_object(data, "scores"), name) for name in data.get("scores", {})},
             made_by=_object(data, "made_by"),
+            sliding_layers=_row(data, "sliding_layers"),
         )
 
 
@@ -170,6 +198,13 @@ def _object(data: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{key} is not an object")
     return value
+
+
+def _row(data: dict[str, Any], key: str) -> tuple[Any, ...]:
+    row = data.get(key, [])
+    if not isinstance(row, list):
+        raise ValueError(f"{key} is not a list")
+    return tuple(row)
 
 
 def _rows(data: dict[str, Any], key: str) -> tuple[tuple[Any, ...], ...]:
@@ -251,12 +286,20 @@ def locate_profile(head_profile: str | None, model: str) -> Path:
     )
 
 
-def write_profile(profile: HeadProfile, path: Path) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one."""
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def write_profile(profile: HeadProfile, path: Path) -> None:
+    """Write atomically, making the folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-    ) as file:
-        file.write(profile.to_json())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_whole(path, profile.to_json().encode())

@@ -1,6 +1,7 @@
 """Look at a head profile: in the terminal, and as a picture."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from razor_vllm.config import RazorConfig
 from razor_vllm.partition import partition, pipeline_stages, whole
 from razor_vllm.plan import full_request_bytes, plan_memory
-from razor_vllm.profile import HeadProfile
+from razor_vllm.profile import HeadProfile, write_whole
 
 _SHADES = " .:-=+*#"
 _FULL_BLOCK_SIZE = 16
@@ -27,30 +28,51 @@ def kept_mass(profile: HeadProfile, name: str) -> list[float]:
 
 
 def text(profile: HeadProfile, window: int, lengths: Sequence[int]) -> str:
-    """Heads as a grid, the kept share a layer, and KV bytes at context lengths (bf16)."""
+    """Heads as a grid, the kept share a layer, and KV bytes at context lengths (bf16).
+
+    Raises:
+        ValueError: a window or a length, in tokens, that makes no sense.
+    """
     lines = [
         f"{profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve "
-        f"({profile.num_retrieval_heads / profile.num_heads:.1%})",
-        "layer  heads (# retrieves)"
+        f"({profile.kept_share:.1%})",
+        "layer  heads (# retrieves)  kept"
         + "".join(f"  {name}, {_SHADES!r} of its maximum" for name in profile.scores),
     ]
     tops = {n: max(max(row) for row in rows) or 1.0 for n, rows in profile.scores.items()}
-    for layer, heads in enumerate(profile.retrieval_heads):
-        grid = "".join("#" if h in heads else "." for h in range(profile.num_kv_heads))
+    for layer, share in enumerate(profile.kept_shares):
         shades = [
             "".join(_shade(x / tops[name]) for x in rows[layer])
             for name, rows in profile.scores.items()
         ]
-        lines.append("  ".join([f"{layer:>5}", grid, *shades]).rstrip())
+        cells = [f"{layer:>5}", _grid(profile, layer), f"{share:>4.0%}", *shades]
+        lines.append("  ".join(cells).rstrip())
     lines += [f"score mass that the choice's size holds, {n}: {m:.1%}" for n, m in _mass(profile)]
-    lines.append(f"KV bytes a decoding request, bf16, window {window:,}:")
+    if profile.sliding_layers:
+        lines.append(
+            "~ a layer with a sliding window of the model's own; such models are not served"
+        )
+        return "\n".join(lines)
+    return "\n".join(lines + _bytes_lines(profile, window, lengths))
+
+
+def _grid(profile: HeadProfile, layer: int) -> str:
+    other = "~" if layer in profile.sliding_layers else "."
+    heads = profile.retrieval_heads[layer]
+    return "".join("#" if h in heads else other for h in range(profile.num_kv_heads))
+
+
+def _bytes_lines(profile: HeadProfile, window: int, lengths: Sequence[int]) -> list[str]:
+    if min(lengths) < 1:
+        raise ValueError(f"a length is {min(lengths)}; accepted are whole numbers of tokens from 1")
+    lines = [f"KV bytes a decoding request, bf16, window {window:,}:"]
     for length in lengths:
         config = RazorConfig(window=min(window, length), allow_no_retrieval_heads=True)
         plan = plan_memory(config, whole(profile), torch.bfloat16, max(lengths), _FULL_BLOCK_SIZE)
         held = plan.request_bytes(length)
         full = full_request_bytes(plan, length, _FULL_BLOCK_SIZE)
         lines.append(f"  {length:>9,} tokens {held:>16,} of {full:>16,} ({held / full:.1%})")
-    return "\n".join(lines)
+    return lines
 
 
 def plan_text(
@@ -68,8 +90,12 @@ def plan_text(
         max_model_len: tokens of a request. kv_bytes: KV memory of one rank.
 
     Raises:
-        ValueError: heads or layers that do not divide, or memory below one request.
+        ValueError: heads or layers that do not divide, or sizes that make no sense.
+        NotImplementedError: a model that is not served.
     """
+    for name, value in (("tp", tp_size), ("kv-memory", kv_bytes), ("max-model-len", max_model_len)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; accepted are numbers above 0")
     ranks = partition(profile, tp_size, pipeline_stages(profile.num_layers, pp_size))
     plans = [plan_memory(config, rank, dtype, max_model_len, _FULL_BLOCK_SIZE) for rank in ranks]
     first = plans[0]
@@ -111,7 +137,10 @@ def _mass(profile: HeadProfile) -> list[tuple[str, float]]:
 
 
 def draw(profile: HeadProfile, path: Path) -> None:
-    """Draw the choice, each score, and the curve of kept share against score mass, as PNG."""
+    """Draw the choice, each score, and the curve of kept share against score mass, as PNG.
+
+    Writes atomically.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.figure import Figure
 
@@ -123,7 +152,7 @@ def draw(profile: HeadProfile, path: Path) -> None:
         [float(h in heads) for h in range(profile.num_kv_heads)]
         for heads in profile.retrieval_heads
     ]
-    share = profile.num_retrieval_heads / profile.num_heads
+    share = profile.kept_share
     grids = {f"retrieval heads ({share:.1%})": choice, **profile.scores}
     for axis, (name, rows) in zip(axes[0], grids.items(), strict=False):
         image = axis.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
@@ -139,5 +168,7 @@ def draw(profile: HeadProfile, path: Path) -> None:
         axis.set(title="score mass kept", xlabel="share of KV heads", ylim=(0, 1.02))
         axis.legend()
     figure.tight_layout()
-    figure.savefig(path, format="png", dpi=120)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     plt.close(figure)
+    write_whole(path, picture.getvalue())

@@ -9,12 +9,18 @@ razor cpu-setup                     put right what the CPU wheel of vLLM install
 """
 
 import argparse
+import math
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from razor_serving import cpu_setup
+
+_DRAIN_SECONDS = 30
+"""Time that requests in flight get at SIGTERM."""
+_DTYPES = ["bfloat16", "float16", "float32"]
 
 
 def _request_to_copy(host: str, port: int, model: str) -> str:
@@ -33,6 +39,7 @@ def _serve(model: str, options: list[str]) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--served-model-name", default=model)
     parser.add_argument("--kv-policy")
+    parser.add_argument("--shutdown-timeout")
     known, _ = parser.parse_known_args(options)
     policy = [] if known.kv_policy else ["--kv-policy", "razor"]
     shown = "127.0.0.1" if known.host in ("0.0.0.0", "::") else known.host
@@ -42,12 +49,20 @@ def _serve(model: str, options: list[str]) -> None:
         flush=True,
     )
     network = [] if "--host" in options else ["--host", known.host]
-    sys.argv = ["vllm", "serve", model, *policy, *network, *options]
+    # vLLM drops requests in flight at SIGTERM where it is not given time for them.
+    drain = [] if known.shutdown_timeout else ["--shutdown-timeout", str(_DRAIN_SECONDS)]
+    sys.argv = ["vllm", "serve", model, *policy, *network, *drain, *options]
     vllm_main()
+    from razor_serving import endpoints
+
+    if endpoints.engine_died():
+        print("razor: the engine ended by itself; the log above says why", file=sys.stderr)
+        sys.exit(1)
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    """Run the probe and write the profile."""
+    """Run the probe, or bound an ALiBi model's heads, and write the profile."""
+    from razor_vllm.alibi import BoundOptions
     from razor_vllm.calibrate import ProbeOptions, calibrate
     from razor_vllm.profile import FILE_NAME, cache_path, write_profile
 
@@ -55,12 +70,18 @@ def _calibrate(args: argparse.Namespace) -> None:
     default = Path(args.model) / FILE_NAME if is_folder else cache_path(args.model)
     output = _writable(args.output or default, args.force, make_folder=not args.output)
     options = ProbeOptions(args.induction, args.echo, args.period, tuple(args.seeds))
-    profile = calibrate(args.model, options, args.device_map, args.dtype)
+    bound = BoundOptions(args.window, args.epsilon)
+    profile = calibrate(args.model, options, args.device_map, args.dtype, bound)
     write_profile(profile, output)
-    print(
-        f"{output}: {profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve; "
-        f"choices of {len(args.seeds)} seeds overlap by {profile.made_by['stability']:.0%}"
-    )
+    print(f"{output}: {profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve")
+    if "reach" in profile.scores:
+        print(f"ALiBi: they may see further than {args.window:,} tokens; the others cannot")
+        return
+    if profile.sliding_layers:
+        layers = ", ".join(map(str, profile.sliding_layers))
+        print(f"left out, for a sliding window of the model's own: layers {layers}")
+    overlap = profile.made_by["stability"]
+    print(f"choices of {len(args.seeds)} seeds overlap by {overlap:.0%}")
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -68,11 +89,12 @@ def _show(args: argparse.Namespace) -> None:
     from razor_vllm.profile import read_profile
     from razor_vllm.show import draw, text
 
+    picture = None if args.png is None else _writable(args.png, args.force)
     profile = read_profile(args.profile)
     print(text(profile, args.window, args.lengths))
-    if args.png is not None:
-        draw(profile, _writable(args.png, args.force))
-        print(f"drawn: {args.png}")
+    if picture is not None:
+        draw(profile, picture)
+        print(f"drawn: {picture}")
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -97,7 +119,7 @@ def _plan(args: argparse.Namespace) -> None:
             args.tp,
             args.pp,
             args.max_model_len,
-            int(args.kv_memory * 1024**3),
+            _kv_bytes(args.kv_memory),
             getattr(torch, args.dtype),
         )
     )
@@ -132,18 +154,33 @@ def _convert(args: argparse.Namespace) -> None:
     profile = convert(args.pattern, shape, Selection(args.share, args.threshold))
     write_profile(profile, output)
     print(f"{output}: {profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve")
+    sizes = profile.made_by.get("made_for", {})
+    if sizes:
+        flags = " ".join(f"--razor-{name} {value}" for name, value in sizes.items())
+        print(f"made for {flags}")
+
+
+def _kv_bytes(gibibytes: float) -> int:
+    if not 0 < gibibytes < math.inf:
+        raise ValueError(f"kv-memory is {gibibytes}; accepted are numbers of GiB above 0")
+    return int(gibibytes * 1024**3)
 
 
 def _writable(path: Path, force: bool, make_folder: bool = False) -> Path:
     """The path, if it may be written; with `make_folder` its folder need not exist yet.
 
     Raises:
-        ValueError: it exists and is not to be overwritten, or its folder does not.
+        ValueError: it is a folder, exists and is not to be overwritten, or its own folder does
+            not exist or may not be written to.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; a file is needed")
     if path.exists() and not force:
         raise ValueError(f"{path} exists; --force overwrites it")
     if not make_folder and not path.parent.is_dir():
         raise ValueError(f"{path.parent} is not a folder")
+    if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent} may not be written to")
     return path
 
 
@@ -168,8 +205,24 @@ def main() -> None:
     find.add_argument("--echo", type=float, default=0.01, help="share of KV heads, on top")
     find.add_argument("--period", type=int, default=2500, help="random tokens that are repeated")
     find.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    find.add_argument("--device-map", help="as transformers takes it: cuda, auto, ...")
-    find.add_argument("--dtype", default="auto")
+    find.add_argument(
+        "--device-map",
+        help="cpu, cuda, or auto: over all GPUs, then memory, then disk; by default auto, or the "
+        "CPU where there is no GPU",
+    )
+    find.add_argument("--dtype", choices=["auto", *_DTYPES], default="auto")
+    find.add_argument(
+        "--window",
+        type=int,
+        default=4096,
+        help="of an ALiBi model: heads that may see further retrieve, in tokens",
+    )
+    find.add_argument(
+        "--epsilon",
+        type=float,
+        default=1e-3,
+        help="of an ALiBi model: attention weight that is nothing",
+    )
     show = commands.add_parser("show", help="show which heads of a profile retrieve")
     show.add_argument("profile", type=Path)
     show.add_argument("--png", type=Path, help="draw scores and choice to this file")
@@ -185,7 +238,7 @@ def main() -> None:
     plan.add_argument("--window", type=int, default=4096)
     plan.add_argument("--window-ratio", type=float, default=0.0)
     plan.add_argument("--sinks", type=int, default=4)
-    plan.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    plan.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     convert = commands.add_parser("convert", help="read or write others' head patterns")
     convert.add_argument("pattern", type=Path, help="a pattern; with --to-duo, a profile")
     convert.add_argument("--model", help="folder or hub name of the model")

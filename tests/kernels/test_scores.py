@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from razor_kernels import scores_triton
 from razor_kernels.scores import COPIES, repeat_scores, row_lse
 
 
@@ -58,10 +59,35 @@ def test_row_lse_over_any_tiles(length: int) -> None:
     """The row sums do not depend on the tile."""
     torch.manual_seed(0)
     query, key = torch.randn(3, length, 8), torch.randn(3, length, 8)
-    torch.testing.assert_close(row_lse(query, key, 0.5, 32), row_lse(query, key, 0.5, 512))
+    torch.testing.assert_close(row_lse(query, key, 0.5, tile=32), row_lse(query, key, 0.5))
 
 
 def test_another_length_is_refused() -> None:
     """Four copies and a first token, nothing else."""
     with pytest.raises(ValueError, match="has 41 tokens, not 40"):
         repeat_scores(torch.zeros(1, 40, 8), torch.zeros(1, 40, 8), 1.0, 10)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+def test_the_kernel_scores_on_cuda(monkeypatch) -> None:
+    """There the kernel is called with the layer's heads, and its mass is the score."""
+    calls = []
+
+    def repeat_mass(*arguments):
+        calls.append(arguments)
+        return torch.tensor([[3.0, 6.0], [0.0, 30.0]])
+
+    monkeypatch.setattr(scores_triton, "repeat_mass", repeat_mass)
+    query, key = torch.zeros(2, 41, 8).as_subclass(OnCuda), torch.zeros(1, 41, 8)
+    got = repeat_scores(query, key, 0.5, 10, soft_cap=2.0)
+    assert got.echo.tolist() == pytest.approx([0.1, 0.2])
+    assert got.induction.tolist() == pytest.approx([0.0, 1.0])
+    assert calls[0][0] is query
+    assert calls[0][2:] == (0.5, 10, COPIES, 2.0)
+    repeat_scores(torch.zeros(1, 41, 512).as_subclass(OnCuda), torch.zeros(1, 41, 512), 1.0, 10)
+    assert len(calls) == 1, "the kernel holds no such head"

@@ -97,3 +97,9 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     """As vLLM refuses them."""
     with pytest.raises(ValueError, match="6 KV heads do not divide over 4"):
         partition(HeadProfile(1, 6, 64, ((0,),)), tp_size=4)
+
+
+def test_sliding_layers_are_refused() -> None:
+    """Their heads are neither retrieval heads nor local ones, so there is no slot for them."""
+    with pytest.raises(NotImplementedError, match=r"sliding-window layers \(1 of 2\)"):
+        partition(HeadProfile(2, 2, 64, ((0,), ()), sliding_layers=(1,)))

@@ -65,6 +65,11 @@ def test_a_profile_survives_the_file(tmp_path: Path) -> None:
         ({"scores": {"echo": [[1, 2], [3, "x"]]}}, "scores 'echo', layer 1: 'x'"),
         ({"scores": [1]}, "scores is not an object"),
         ({"made_by": "me"}, "made_by is not an object"),
+        ({"sliding_layers": 1}, "sliding_layers is not a list"),
+        ({"sliding_layers": [2]}, "sliding layer 2 is outside 0..1"),
+        ({"sliding_layers": ["1"]}, "sliding layer '1' is not a whole number"),
+        ({"sliding_layers": [1, 1]}, "sliding_layers [1, 1] are not sorted and unique"),
+        ({"sliding_layers": [0]}, "layer 0 has a sliding window, and retrieval heads"),
     ],
 )
 def test_contents_that_do_not_fit_are_named(tmp_path: Path, change, message: str) -> None:
@@ -74,6 +79,26 @@ def test_contents_that_do_not_fit_are_named(tmp_path: Path, change, message: str
         read_profile(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_kept_shares_are_counted_per_layer_and_in_all(tmp_path: Path) -> None:
+    """Of the heads of all layers; a layer with a sliding window keeps nothing whole."""
+    profile = HeadProfile(3, 4, 16, ((0, 2, 3), (), (1,)), sliding_layers=(1,))
+    assert profile.kept_shares == (0.75, 0.0, 0.25)
+    assert profile.kept_share == 4 / 12
+    write_profile(profile, tmp_path / "p.json")
+    assert read_profile(tmp_path / "p.json") == profile
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
+    """Where a write fails, the old file stays as it was and nothing else lies beside it."""
+    path = write(tmp_path, GOOD)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        write_profile(read_profile(path), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,305 @@
+"""Bad input to `razor calibrate`, `show`, `plan` and `convert`: one clear line, status 2."""
+
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from razor_serving import cli
+from razor_vllm.profile import HeadProfile, read_profile, write_profile
+
+PROFILE = HeadProfile(4, 4, 32, ((0,), (1, 3), (), (2,)), {"induction": ((0.5, 0, 0.1, 0),) * 4})
+SLIDING = HeadProfile(2, 2, 16, ((), (1,)), {"echo": ((0, 0), (0.1, 0.4))}, sliding_layers=(0,))
+GOOD = PROFILE.to_json()
+
+
+class Hostile:
+    """Would run a command if it were unpickled."""
+
+    def __reduce__(self):
+        return (Path("/tmp/razor-pwned").touch, ())
+
+
+def razor(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["razor", *map(str, arguments)])
+    cli.main()
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys, *arguments: object) -> str:
+    """What the command says when it refuses: one line, status 2."""
+    with pytest.raises(SystemExit) as stop:
+        razor(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("razor")]
+    assert "Traceback" not in error
+    assert len(lines) == 1, error
+    assert lines[0] == error.splitlines()[-1]
+    return lines[0]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder of good and bad profiles and patterns."""
+    write_profile(PROFILE, tmp_path / "good.json")
+    write_profile(SLIDING, tmp_path / "sliding.json")
+    texts = {
+        "cut.json": GOOD[:200],
+        "nan.json": GOOD.replace("0.5", "NaN"),
+        "negative.json": GOOD.replace("0.5", "-0.5"),
+        "shape.json": GOOD.replace('"num_layers": 4', '"num_layers": 5'),
+        "head.json": GOOD.replace("3\n", "9\n"),
+        "bom.json": "\ufeff" + GOOD,
+        "ragged.tsv": "1\t0\t0\t0\n" * 3 + "1\t0\n",
+        "comma.tsv": "1,0,0,0\n" * 4,
+        "bom.tsv": "\ufeff" + "1\t0\t0\t0\n" * 4,
+        "nan.tsv": "1\t0\t0\tnan\n" * 4,
+        "negative.tsv": "1\t0\t0\t-1\n" * 4,
+        "wide.tsv": "1\t0\t0\t0\t0\n" * 4,
+        "gates.tsv": "0.9\t0.1\t0.2\t0.3\n" * 4,
+        "heads.json": json.dumps({"0": [0, 1, 2, 3, 4]}),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "pickle.json").write_bytes(pickle.dumps(Hostile()))
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Hostile()))
+    torch.save({"prefix_matching": {0: [4]}}, tmp_path / "heads.pt")
+    torch.save({"other": {0: [1]}}, tmp_path / "keys.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "heads.pt").read_bytes()[:90])
+    for name in ("large.json", "large.tsv", "large.pt"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(17 * 1024**2)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.json", "No such file"),
+        ("cut.json", "cut.json: "),
+        ("nan.json", "NaN is not a number"),
+        ("negative.json", "-0.5 is not finite and >= 0"),
+        ("shape.json", "retrieval_heads has 4 layers, the model has 5"),
+        ("head.json", "head 9 is outside 0..3"),
+        ("bom.json", "BOM"),
+        ("pickle.json", "can't decode"),
+        ("large.json", "over 16 MB"),
+        ("", "Is a directory"),
+    ],
+)
+@pytest.mark.parametrize("command", [["show"], ["plan", "--kv-memory", "1"], ["convert"]])
+def test_profiles_that_do_not_fit(files, monkeypatch, capsys, command, name, message) -> None:
+    """Every command that reads a profile says what is wrong with the file, and writes nothing."""
+    out = files / "out"
+    out.mkdir()
+    more = {"show": ["--png", out / "a.png"], "convert": ["--to-duo", out], "plan": []}
+    line = refused(monkeypatch, capsys, *command, files / name, *more[command[0]])
+    assert message in line
+    assert str(files) in line
+    assert not list(out.iterdir())
+    assert not Path("/tmp/razor-pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "good.json", "--window", "-1"], "window is -1"),
+        (["show", "good.json", "--lengths", "0"], "a length is 0"),
+        (["show", "good.json", "--png", "nowhere/a.png"], "nowhere is not a folder"),
+        (["show", "good.json", "--png", "cut.json"], "--force overwrites it"),
+        (["show", "good.json", "--png", "."], "is a folder; a file is needed"),
+        (["plan", "good.json", "--kv-memory", "0"], "kv-memory is 0.0"),
+        (["plan", "good.json", "--kv-memory", "nan"], "kv-memory is nan"),
+        (["plan", "good.json", "--kv-memory", "inf"], "kv-memory is inf"),
+        (["plan", "good.json", "--kv-memory", "1", "--tp", "0"], "tp is 0"),
+        (["plan", "good.json", "--kv-memory", "1", "--tp", "3"], "do not divide over 3"),
+        (["plan", "good.json", "--kv-memory", "1", "--pp", "0"], "do not make 0 pipeline stages"),
+        (
+            ["plan", "good.json", "--kv-memory", "1", "--max-model-len", "0"],
+            "window is 4096, above",
+        ),
+        (["plan", "good.json", "--kv-memory", "1", "--sinks", "-4"], "sinks is -4"),
+        (["plan", "good.json", "--kv-memory", "1", "--window-ratio", "2"], "window_ratio is 2.0"),
+        (["plan", "sliding.json", "--kv-memory", "1"], "sliding-window layers (1 of 2)"),
+        (["convert", "gates.tsv"], "--model is needed"),
+        (["convert", "good.json", "--to-duo", "nowhere"], "nowhere is not a folder"),
+        (["convert", "good.json", "--to-duo", ".", "--sinks", "-1"], "sinks is -1"),
+    ],
+)
+def test_options_that_make_no_sense(files, monkeypatch, capsys, arguments, message) -> None:
+    """Sizes that are none, files that are in the way; nothing is written."""
+    monkeypatch.chdir(files)
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    assert message in refused(monkeypatch, capsys, *arguments)
+    assert {path: path.read_bytes() for path in files.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("none.tsv", [], "No such file"),
+        ("ragged.tsv", [], "rows differ in length"),
+        ("comma.tsv", [], "is not numbers with tabs between"),
+        ("bom.tsv", [], "byte-order mark"),
+        ("nan.tsv", [], "gates lie in 0 to 1"),
+        ("negative.tsv", [], "gates lie in 0 to 1"),
+        ("wide.tsv", [], "has 4 layers of 5 KV heads; the model has 4 of 4"),
+        ("large.tsv", [], "over 16 MB"),
+        ("large.pt", [], "over 16 MB"),
+        ("gates.tsv", [], "need one of --share and --threshold"),
+        ("gates.tsv", ["--share", "1.5"], "share is 1.5"),
+        ("gates.tsv", ["--share", "nan"], "share is nan"),
+        ("gates.tsv", ["--share", "0.5", "--threshold", "0.5"], "need one of"),
+        ("gates.tsv", ["--threshold", "nan"], "threshold is nan"),
+        ("gates.tsv", ["--threshold", "0.95"], "threshold is 0.95: no gate"),
+        ("gates.tsv", ["--threshold", "-1"], "threshold is -1.0"),
+        ("pickle.pt", [], "it was not run"),
+        ("cut.pt", [], "it was not run"),
+        ("keys.pt", [], "holds other keys than"),
+        ("heads.pt", [], "head 4 is outside 0..3"),
+        ("heads.json", [], "head 4 is outside 0..3"),
+        ("cut.json", [], "cut.json: "),
+        ("nan.json", [], "NaN is not a number"),
+    ],
+)
+def test_patterns_that_do_not_fit(
+    files, model_dir, monkeypatch, capsys, name, options, message
+) -> None:
+    """Every form that is read; nothing in a file is run, and no profile is written."""
+    output = files / "new.json"
+    arguments = ["--model", model_dir, "--output", output, *options]
+    assert message in refused(monkeypatch, capsys, "convert", files / name, *arguments)
+    assert not output.exists()
+    assert not Path("/tmp/razor-pwned").exists()
+
+
+def broken_model(folder: Path, model_dir: Path, kind: str) -> Path:
+    """A model folder with one thing wrong."""
+    model = shutil.copytree(model_dir, folder / "model")
+    config, weights = model / "config.json", model / "model.safetensors"
+    if kind == "no config":
+        config.unlink()
+    elif kind == "config cut":
+        config.write_text(config.read_text(encoding="utf-8")[:50], encoding="utf-8")
+    elif kind == "weights cut":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif kind == "weights pickled":
+        weights.unlink()
+        (model / "pytorch_model.bin").write_bytes(pickle.dumps(Hostile()))
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "short":
+        text = json.loads(config.read_text(encoding="utf-8"))
+        config.write_text(json.dumps({**text, "max_position_embeddings": 7}), encoding="utf-8")
+    elif kind == "gpt2":
+        shape = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
+        GPT2LMHeadModel(shape).save_pretrained(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no config", "config.json"),
+        ("config cut", "config.json"),
+        ("weights cut", "model: Error while deserializing header"),
+        ("weights pickled", "its weights are not plain tensors; nothing was run"),
+        ("no weights", "model.safetensors"),
+        ("short", "a model of 7 positions is too short for the probe"),
+        ("gpt2", "a gpt2 model, without rotary embeddings, is not covered"),
+    ],
+)
+def test_models_that_cannot_be_probed(
+    tmp_path, model_dir, monkeypatch, capsys, kind: str, message: str
+) -> None:
+    """The line names the file, or what the model is; no profile is written."""
+    model = broken_model(tmp_path, model_dir, kind)
+    output = tmp_path / "new.json"
+    line = refused(monkeypatch, capsys, "calibrate", model, "--output", output, "--period", "20")
+    assert message in line
+    assert not output.exists()
+    assert not Path("/tmp/razor-pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--induction", "nan"], "induction is nan"),
+        (["--echo", "-0.1"], "echo is -0.1"),
+        (["--induction", "0", "--echo", "0"], "both 0"),
+        (["--seeds", "0", "-1"], "seed is -1"),
+        (["--epsilon", "0"], "epsilon is 0"),
+        (["--window", "-1"], "window is -1"),
+        (["--output", "."], "is a folder; a file is needed"),
+        (["--device-map", "nowhere"], "nowhere"),
+        (["--device-map", "cuda:99"], "cuda:99"),
+    ],
+)
+def test_calibrate_options_that_make_no_sense(
+    tmp_path, model_dir, monkeypatch, capsys, options, message: str
+) -> None:
+    """Before the model is run, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    where = [] if "--output" in options else ["--output", "new.json"]
+    assert message in refused(monkeypatch, capsys, "calibrate", model_dir, *where, *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_nowhere(tmp_path, monkeypatch, capsys) -> None:
+    """Neither a folder nor in the hub's cache: the line names it."""
+    line = refused(
+        monkeypatch, capsys, "calibrate", "no/such-model", "--output", tmp_path / "new.json"
+    )
+    assert "no/such-model" in line
+
+
+def test_an_alibi_model_is_bounded(tmp_path, monkeypatch, capsys) -> None:
+    """Calibrating it needs no other command: the weights say how far its heads see."""
+    config = BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=50)
+    BloomForCausalLM(config).save_pretrained(tmp_path)
+    razor(monkeypatch, "calibrate", tmp_path, "--window", "300", "--epsilon", "0.01")
+    out = capsys.readouterr().out
+    assert "they may see further than 300 tokens" in out
+    profile = read_profile(tmp_path / "razor_profile.json")
+    assert profile.made_by["window"] == 300
+    assert [
+        [head for head, reach in enumerate(row) if reach > 300] for row in profile.scores["reach"]
+    ] == [list(row) for row in profile.retrieval_heads]
+    razor(monkeypatch, "show", tmp_path / "razor_profile.json", "--png", tmp_path / "a.png")
+    assert "reach" in capsys.readouterr().out
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    line = refused(monkeypatch, capsys, "calibrate", tmp_path, "--force")
+    assert "0 weights called h.0.self_attention.query_key_value.weight" in line
+    assert read_profile(tmp_path / "razor_profile.json") == profile
+
+
+def test_a_model_with_sliding_layers_is_shown(files, monkeypatch, capsys) -> None:
+    """Its layers are marked, and no bytes are promised for what is not served."""
+    razor(monkeypatch, "show", files / "sliding.json")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:3] == ["0", "~~", "0%"]
+    assert lines[3].split()[:3] == ["1", ".#", "50%"]
+    assert lines[-1].startswith("~ a layer with a sliding window")
+    assert not any("KV bytes" in line for line in lines)
+
+
+def test_duo_sizes_are_read_and_passed_on(files, model_dir, monkeypatch, capsys) -> None:
+    """What the pattern was made for is said as flags; a size that is none is refused."""
+    folder = files / "duo"
+    folder.mkdir()
+    shutil.copy(files / "gates.tsv", folder / "full_attention_heads.tsv")
+    sizes = {"sink_size": 128, "recent_size": 256, "lr": 0.02}
+    (folder / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+    output = files / "new.json"
+    command = ["convert", folder, "--model", model_dir, "--output", output, "--share", "0.5"]
+    razor(monkeypatch, *command)
+    assert "made for --razor-sinks 128 --razor-window 256" in capsys.readouterr().out
+    assert read_profile(output).made_by["made_for"] == {"sinks": 128, "window": 256}
+    (folder / "config.json").write_text('{"sink_size": -1}', encoding="utf-8")
+    assert "sink_size -1 is negative" in refused(monkeypatch, capsys, *command, "--force")
