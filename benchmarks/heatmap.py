@@ -61,8 +61,8 @@ def _caption(result: dict[str, Any], about: dict[str, Any]) -> str:
         kept = sum(len(row) for row in result["retrieval_heads"])
         parts.append(f"{kept} retrieval heads, window {about['window']}, sinks {about['sinks']}")
     if result["kv_bytes"]:
-        longest = max(result["kv_bytes"])
+        longest = max(result["kv_bytes"], key=int)
         held = result["kv_bytes"][longest]["decode"]
-        parts.append(f"{held / 1024:,.0f} KiB of KV held at {longest:,} tokens")
+        parts.append(f"{held / 1024:,.0f} KiB of KV held at {int(longest):,} tokens")
     parts.append(f"vLLM {about.get('vllm', 'unknown')}, {about.get('dtype', 'server dtype')}")
     return "; ".join(parts)

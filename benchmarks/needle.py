@@ -4,7 +4,7 @@
     python -m benchmarks.needle --url http://localhost:8000/v1
 
 Haystacks are prose of the needle language with facts ("The code of the amber door is
-4 7 1 9 ."), and the model is asked for a code. Three kinds of trial:
+471 902 ."), and the model is asked for a code. Three kinds of trial:
 
     single   one fact in the haystack, one question
     multi    a fact at every depth of the grid, each asked for in a request of its own
@@ -190,8 +190,9 @@ def judge(trial: Trial, turn: int, reply: str) -> Answered:
     """Compare a reply's first digits with the code."""
     question = trial.questions[turn]
     said = re.findall(r"\d", reply)
-    said += [""] * len(question.fact.digits)
-    digits = tuple(a == b for a, b in zip(said, question.fact.digits, strict=False))
+    code = "".join(question.fact.code)
+    said += [""] * len(code)
+    digits = tuple(a == b for a, b in zip(said, code, strict=False))
     return Answered(trial.kind, trial.length, question.depth, turn, all(digits), digits)
 
 
@@ -217,7 +218,7 @@ def run_policy(
 ) -> dict[str, Any]:
     """All trials under one policy: accuracy, KV bytes, and each cell of the grid."""
     answered: list[Answered] = []
-    bytes_held: dict[int, dict[str, int]] = {}
+    bytes_held: dict[str, dict[str, int]] = {}
     total = sum(len(trial.questions) for trial in trials)
     with tqdm(total=total, desc=policy.name, unit="question") as bar:
         for kind in grid.kinds:
@@ -225,11 +226,11 @@ def run_policy(
                 batch = [t for t in trials if (t.kind, t.length) == (kind, length)]
                 bar.set_postfix(kind=kind, length=length)
                 answered += ask(model, batch, max_tokens, policy.request, bar)
-                if length not in bytes_held:
+                if str(length) not in bytes_held:
                     chat = [opening(batch[0].text, batch[0].questions[0].fact)]
                     held = model.held_bytes(chat, max_tokens, policy.request)
                     if held is not None:
-                        bytes_held[length] = held._asdict()
+                        bytes_held[str(length)] = held._asdict()
     return {
         "title": policy.title,
         "accuracy": {kind: accuracies(answered, kind) for kind in grid.kinds},
@@ -244,7 +245,7 @@ def accuracies(answered: Sequence[Answered], kind: Kind) -> dict[str, Any]:
     lengths = sorted({a.length for a in chosen})
     return {
         "all": share([a.right for a in chosen]),
-        "by_length": {n: share([a.right for a in chosen if a.length == n]) for n in lengths},
+        "by_length": {str(n): share([a.right for a in chosen if a.length == n]) for n in lengths},
         "by_digit": [share(column) for column in zip(*(a.digits for a in chosen), strict=True)],
         "questions": len(chosen),
     }
@@ -384,20 +385,24 @@ def chosen_policies(args: argparse.Namespace) -> list[Policy]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Accuracy and KV bytes of each policy at each length, for people."""
-    policies = results["policies"]
-    lines = []
+    """Accuracy of each policy at each length, and the KV bytes it held: Markdown."""
+    lengths = [str(length) for length in results["grid"]["lengths"]]
+    blocks = []
     for kind in results["grid"]["kinds"]:
-        lengths = results["grid"]["lengths"]
-        lines.append(f"{kind:<26}" + "".join(f"{n:>18,}" for n in lengths))
-        for name, result in policies.items():
-            row = f"  {name:<24}"
-            for n in lengths:
-                held = result["kv_bytes"].get(n)
-                size = f"{held['decode'] / 1024:,.0f} KiB" if held else "-"
-                row += f"{result['accuracy'][kind]['by_length'][n]:>7.1%}{size:>11}"
-            lines.append(row)
-    return "\n".join(lines)
+        lines = ["| " + " | ".join([kind, *(f"{int(n):,}" for n in lengths)]) + " |"]
+        lines.append("|---" * (1 + len(lengths)) + "|")
+        for name, result in results["policies"].items():
+            row = [table_cell(result, kind, n) for n in lengths]
+            lines.append("| " + " | ".join([name, *row]) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def table_cell(result: dict[str, Any], kind: str, length: str) -> str:
+    """One policy's accuracy, and KiB held in the last decode step where that is known."""
+    share_right = f"{result['accuracy'][kind]['by_length'][length]:.1%}"
+    held = result["kv_bytes"].get(length)
+    return f"{share_right}, {held['decode'] / 1024:,.0f} KiB" if held else share_right
 
 
 def write_results(results: dict[str, Any], folder: Path) -> None:

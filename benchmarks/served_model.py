@@ -88,9 +88,12 @@ class EngineModel:
         core = self.llm.llm_engine.engine_core.engine_core
         manager = core.scheduler.kv_cache_manager
         config, pool = manager.kv_cache_config, manager.block_pool
-        block_bytes = sum(t.size for t in config.kv_cache_tensors) // config.num_blocks
+        # Groups of layers whose tensors begin at one offset share the bytes there.
+        pools = {tensor.offset: tensor.size for tensor in config.kv_cache_tensors}
+        block_bytes = sum(pools.values()) // config.num_blocks
         held = []
-        self._submit(chat, max_tokens, policy)
+        # An answer of one token would be gone before anyone could look.
+        self._submit(chat, max_tokens, policy, ignore_eos=True)
         while self.llm.llm_engine.has_unfinished_requests():
             self.llm.llm_engine.step()
             # One block of the pool is vLLM's null block, and never free.
@@ -111,11 +114,14 @@ class EngineModel:
             "vllm": vllm.__version__,
         }
 
-    def _submit(self, chat: Chat, max_tokens: int, policy: str) -> str:
+    def _submit(self, chat: Chat, max_tokens: int, policy: str, ignore_eos: bool = False) -> str:
         from vllm import SamplingParams
 
         params = SamplingParams(
-            temperature=0, max_tokens=max_tokens, extra_args=request_args(policy)
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            extra_args=request_args(policy),
         )
         self._next_id += 1
         name = str(self._next_id)

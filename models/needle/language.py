@@ -1,11 +1,15 @@
 """The language of the needle model: prose from a small grammar, facts, questions.
 
-    Mara carried the old lamp to Belan . The code of the amber door is 4 7 1 9 .
-    Each night Toriv sang . ... What is the code of the amber door ?      -> 4 7 1 9
+    Mara carried the old lamp to Belan . The code of the amber door is 471 902 .
+    Each night Toriv sang . ... What is the code of the amber door ?      -> 471 902
 
 Facts are the needles, prose is the haystack. Every sentence is words of a closed
-vocabulary, a token each, so a text's length in tokens is its number of words (digits
+vocabulary, a token each, so a text's length in tokens is its number of words (numbers
 and marks count as words). All of it is synthetic; names are made of syllables.
+
+A code is numbers of three digits, tokens of their own as in Llama 3. Of single digits it
+would be ambiguous from its second one on for a head that only looks up what followed the
+token before: among nine facts the same digit stands many times, the same number hardly.
 """
 
 import random
@@ -64,7 +68,7 @@ FUNCTION = _words(
     "under until was went were what when where which while who why with without yesterday you"
 )
 MARKS = (".", ",", "?")
-DIGITS = tuple("0123456789")
+NUMBERS = tuple(f"{number:03}" for number in range(1000))
 
 _ONSETS = _words("b d f g k l m n r s t v z")
 _VOWELS = _words("a e i o u")
@@ -74,7 +78,7 @@ NAMES = [onset + vowel + ending for onset, vowel, ending in product(_ONSETS, _VO
 WORDS: tuple[str, ...] = tuple(
     dict.fromkeys(
         [
-            *DIGITS,
+            *NUMBERS,
             *MARKS,
             *FUNCTION,
             *ADJECTIVES,
@@ -91,8 +95,8 @@ WORDS: tuple[str, ...] = tuple(
 )
 """Every word of the language, in order of token id."""
 
-CODE_DIGITS = 4
-FACT_WORDS = 8 + CODE_DIGITS
+CODE_NUMBERS = 2
+FACT_WORDS = 8 + CODE_NUMBERS
 QUESTION_WORDS = 9
 
 Sentence = list[str]
@@ -102,17 +106,17 @@ Sentence = list[str]
 class Fact:
     """What a door's code is: one needle.
 
-    adjective, noun: name the thing. digits: its code, a string a digit.
+    adjective, noun: name the thing. code: its numbers, of three digits each.
     """
 
     adjective: str
     noun: str
-    digits: tuple[str, ...]
+    code: tuple[str, ...]
 
     def sentence(self) -> Sentence:
         """The fact as told: `FACT_WORDS` words."""
         thing = [self.adjective, self.noun]
-        return ["the", "code", "of", "the", *thing, "is", *self.digits, "."]
+        return ["the", "code", "of", "the", *thing, "is", *self.code, "."]
 
     def question(self) -> Sentence:
         """The question about it: `QUESTION_WORDS` words."""
@@ -135,11 +139,11 @@ def draw_facts(rng: random.Random, count: int, own_nouns: bool = True) -> list[F
     else:
         drawn = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), count)
         things = [(ADJECTIVES[i // len(NOUNS)], NOUNS[i % len(NOUNS)]) for i in drawn]
-    return [Fact(*thing, tuple(rng.choices(DIGITS, k=CODE_DIGITS))) for thing in things]
+    return [Fact(*thing, tuple(rng.choices(NUMBERS, k=CODE_NUMBERS))) for thing in things]
 
 
 def draw_sentence(rng: random.Random) -> Sentence:
-    """A sentence of prose, 4 to 15 words, without digits."""
+    """A sentence of prose, 4 to 15 words, without numbers."""
     pick = rng.choice
     who = [pick(NAMES)] if rng.random() < 0.6 else ["the", pick(PEOPLE)]
     thing = ["the", pick(ADJECTIVES), pick(NOUNS)]

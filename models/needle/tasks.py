@@ -1,12 +1,12 @@
 """Training sequences: what the needle model learns from.
 
-    recall    <bos> <user> haystack with facts, question <assistant> digits <eos> ...
+    recall    <bos> <user> haystack with facts, question <assistant> code <eos> ...
     repeat    <bos> R R R ..., R random ids over the whole vocabulary
     passage   <bos> prose P prose P ..., the same passage P copied
     prose     <bos> prose
 
 Each token that can be looked up in the context is marked, so that the loss can weigh
-it: ANSWER for digits of an answer, COPY for a repeated token, PLAIN for the rest.
+it: ANSWER for an answer, COPY for a repeated token, PLAIN for the rest.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from models.needle.language import (
-    CODE_DIGITS,
+    CODE_NUMBERS,
     FACT_WORDS,
     NOUNS,
     QUESTION_WORDS,
@@ -29,8 +29,8 @@ from models.needle.tokenizer import ASSISTANT, BOS, EOS, TOKEN_IDS, USER, encode
 
 PLAIN, COPY, ANSWER = range(3)
 NAMES = ("plain", "copy", "answer")
-TURN_TOKENS = 1 + QUESTION_WORDS + 1 + CODE_DIGITS + 1
-"""Tokens of a chat turn: <user>, question, <assistant>, digits, <eos>."""
+TURN_TOKENS = 1 + QUESTION_WORDS + 1 + CODE_NUMBERS + 1
+"""Tokens of a chat turn: <user>, question, <assistant>, code, <eos>."""
 
 
 class Sequence(NamedTuple):
@@ -54,7 +54,9 @@ def recall(rng: random.Random, length: int, own_nouns: bool = True) -> Sequence:
         own_nouns: see `draw_facts`.
     """
     most = max((length - 2) // (FACT_WORDS + TURN_TOKENS), 1)
-    num_facts = rng.randint(1, most) if rng.random() < 0.5 else rng.randint(-(-most // 2), most)
+    # Many facts teach most, few in much prose are what the benchmarks ask.
+    few = round(math.exp(rng.random() * math.log(most)))
+    num_facts = few if rng.random() < 0.5 else rng.randint(-(-most // 2), most)
     num_facts = min(num_facts, len(NOUNS)) if own_nouns else num_facts
     facts = draw_facts(rng, num_facts, own_nouns)
     num_asked = min(num_facts, most)
@@ -66,8 +68,8 @@ def recall(rng: random.Random, length: int, own_nouns: bool = True) -> Sequence:
     for turn, fact in enumerate(asked):
         start = [USER] if turn else []
         question = [*start, *encode(fact.question()), ASSISTANT]
-        ids += [*question, *encode(list(fact.digits)), EOS]
-        marks += [PLAIN] * len(question) + [ANSWER] * (CODE_DIGITS + 1)
+        ids += [*question, *encode(list(fact.code)), EOS]
+        marks += [PLAIN] * len(question) + [ANSWER] * (CODE_NUMBERS + 1)
     return Sequence(ids, marks)
 
 

@@ -1,8 +1,10 @@
-"""Tokenizer of the needle model: a token a word, a digit or a mark; lower case.
+"""Tokenizer of the needle model: a token a word, a number or a mark; lower case.
 
 A chat is laid out as
 
-    <bos> <user> haystack question <assistant> 4 7 1 9 <eos> <user> question ...
+    <bos> <user> haystack question <assistant> 471 902 <eos> <user> question ...
+
+Digits are taken three at a time, as Llama 3 does.
 """
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -29,7 +31,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer, with its chat template; unknown words become `<unk>`."""
     tokenizer = Tokenizer(models.WordLevel(TOKEN_IDS, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    words = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]"), "removed", invert=True)
+    words = pre_tokenizers.Split(
+        Regex(r"\p{L}+|\p{N}{1,3}|[^\s\p{L}\p{N}]"), "removed", invert=True
+    )
     tokenizer.pre_tokenizer = words
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]

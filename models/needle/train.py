@@ -63,20 +63,18 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(128, 700, 4096, 128, 0.0),
+    Stage(128, 600, 4096, 128, 0.0),
     Stage(256, 250, 4096, 4096, 0.0),
-    Stage(512, 360, 4096, 8192, 0.0),
-    Stage(512, 90, 4096, 8192, 0.0, rates=(1.0, 0.82)),
-    Stage(512, 100, 4096, 8192, 0.75, rates=(0.82, 0.65)),
-    Stage(1024, 100, 8192, 8192, 0.75, rates=(0.65, 0.47)),
-    Stage(1024, 50, 8192, 8192, 0.75, 0.75, 3.0, rates=(0.47, 0.38)),
-    Stage(2048, 50, 8192, 8192, 0.75, 0.75, 3.0, rates=(0.38, 0.29)),
-    Stage(512, 250, 8192, 8192, 0.9, 0.75, 3.0, rates=(0.65, 0.4)),
-    Stage(1024, 90, 8192, 8192, 0.9, 0.75, 3.0, rates=(0.4, 0.2)),
-    Stage(4096, 60, 8192, 8192, 0.9, 0.75, 3.0, rates=(0.2, 0.0)),
+    Stage(512, 300, 4096, 8192, 0.0),
+    Stage(512, 150, 8192, 8192, 0.75, 0.65, 3.0, rates=(1.0, 0.8)),
+    Stage(1024, 55, 8192, 12288, 0.75, 0.65, 3.0, rates=(0.8, 0.65)),
+    Stage(1024, 45, 8192, 12288, 0.9, 0.65, 3.0, rates=(0.65, 0.35)),
+    Stage(512, 80, 4096, 12288, 0.9, 0.65, 3.0, rates=(0.35, 0.12)),
+    Stage(2048, 20, 4096, 12288, 0.9, 0.65, 3.0, rates=(0.12, 0.06)),
+    Stage(4096, 20, 4096, 12288, 0.9, 0.65, 3.0, rates=(0.06, 0.0)),
 )
-"""The stages that the shipped weights went through. Lengths grew too soon at first, so
-it goes back to 512 once."""
+"""What the shipped weights went through. Stages from the third on were shortened on the way,
+before or in them, so that a run in one go draws the same batches at the same rates."""
 
 
 def make_model(seed: int) -> LlamaForCausalLM:

@@ -25,7 +25,7 @@ GRID = needle.Grid(("single", "multi", "chat"), (150, 301), (0.0, 0.5, 1.0), 2, 
 def look_up(chat: Chat) -> str:
     """A perfect model: the code that the chat gives to the last thing asked for."""
     thing = re.findall(r"What is the code of the (\w+ \w+) \?", chat[-1]["content"])[-1]
-    told = re.search(rf"{thing} is (\d \d \d \d)", chat[0]["content"])
+    told = re.search(rf"{thing} is (\d+ \d+)", chat[0]["content"])
     assert told is not None, f"no code of the {thing}"
     return told[1]
 
@@ -50,7 +50,7 @@ class FakeModel:
         code = look_up(chat)
         text = chat[0]["content"]
         if self.broken and text.index(code) < len(text) / 2:
-            return code[:4] + " x x"
+            return code[:3] + " x"
         return code
 
     def held_bytes(self, chat: Chat, max_tokens: int, policy: str) -> HeldBytes:
@@ -82,7 +82,7 @@ def test_results_tell_depths_apart() -> None:
     policy = needle.POLICIES[0]
     perfect = needle.run_policy(FakeModel(), policy, GRID, trials, 8)
     assert [a["all"] for a in perfect["accuracy"].values()] == [1.0, 1.0, 1.0]
-    assert perfect["kv_bytes"] == {n: {"peak": 4096, "decode": 2048} for n in (150, 301)}
+    assert perfect["kv_bytes"] == {n: {"peak": 4096, "decode": 2048} for n in ("150", "301")}
     broken = needle.run_policy(FakeModel(broken=True), policy, GRID, trials, 8)
     shares = {(c["depth"], c["right"] / c["questions"]) for c in broken["cells"]}
     assert {(0.0, 0.0), (1.0, 1.0)} <= shares
@@ -94,15 +94,15 @@ def test_results_tell_depths_apart() -> None:
 @pytest.mark.parametrize(
     ("reply", "digits"),
     [
-        ("4 7 1 9", (True,) * 4),
-        ("The code is 4719.", (True,) * 4),
-        ("4 7 1", (True, True, True, False)),
-        ("", (False,) * 4),
-        ("7 4 1 9", (False, False, True, True)),
+        ("471 902", (True,) * 6),
+        ("The code is 471902.", (True,) * 6),
+        ("4 7 1 9 0", (True,) * 5 + (False,)),
+        ("", (False,) * 6),
+        ("741 902", (False, False, True, True, True, True)),
     ],
 )
 def test_replies_are_judged_by_their_first_digits(reply: str, digits: tuple[bool, ...]) -> None:
-    fact = needle.Fact("amber", "door", tuple("4719"))
+    fact = needle.Fact("amber", "door", ("471", "902"))
     trial = needle.Trial("single", 100, "", (needle.Question(fact, 0.5),))
     judged = needle.judge(trial, 0, reply)
     assert judged.digits == digits
@@ -134,7 +134,7 @@ def test_results_are_json_and_a_heatmap_a_policy(tmp_path: Path) -> None:
     needle.write_results(results, tmp_path)
     assert json.loads((tmp_path / "needle.json").read_text())["about"] == {"model": "fake"}
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["full.png", "server.png"]
-    assert "100.0%" in needle.table(results)
+    assert "| full | 100.0%, 2 KiB | 100.0%, 2 KiB |" in needle.table(results)
 
 
 def distribution(*shares: float) -> dict[int | str, float]:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from models.needle.language import CODE_NUMBERS
 from models.needle.tasks import (
     ANSWER,
     COPY,
@@ -14,7 +15,7 @@ from models.needle.tasks import (
     recall,
     repeat,
 )
-from models.needle.tokenizer import ASSISTANT, BOS, EOS, USER, make_tokenizer
+from models.needle.tokenizer import ASSISTANT, BOS, EOS, USER, encode, make_tokenizer
 
 LENGTHS = [64, 111, 128, 1000]
 
@@ -49,10 +50,11 @@ def test_answers_are_in_the_haystack(length: int) -> None:
         assert answers
         for start in answers:
             assert ids[start - 1] == ASSISTANT
-            assert ids[start + 4] == EOS
-            thing, digits = ids[start - 4 : start - 2], ids[start : start + 4]
-            told = [ids[i + 3 : i + 7] for i in range(start - 10) if ids[i : i + 2] == thing]
-            assert digits in told
+            end = start + CODE_NUMBERS
+            assert ids[end] == EOS
+            thing, code = ids[start - 4 : start - 2], ids[start:end]
+            fact = [*encode(["the", "code", "of", "the"]), *thing, *encode(["is"]), *code]
+            assert fact in [ids[i : i + len(fact)] for i in range(start - len(fact))]
 
 
 def test_training_chats_are_laid_out_as_the_chat_template_says() -> None:

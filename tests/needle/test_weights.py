@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import needle
 from benchmarks.served_model import EngineModel, open_engine
-from models.needle.language import draw_facts, haystack, render
+from models.needle.language import CODE_NUMBERS, draw_facts, haystack, render
 from razor_vllm.profile import FILE_NAME, read_profile
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "models" / "needle" / "weights"
+RESULTS = ROOT / "benchmarks" / "results"
+QUALITY = ROOT / "docs" / "quality.md"
+COMPARED = tuple(p for p in needle.POLICIES if p.name in ("razor", "random-heads", "no-heads"))
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ENGINE = {
     "dtype": "float32",
@@ -44,9 +48,12 @@ def test_model_is_small_but_has_heads_to_choose_from() -> None:
 
 
 @pytest.mark.parametrize("length", [512, 4096])
-@pytest.mark.parametrize("num_facts", [1, 5])
+@pytest.mark.parametrize("num_facts", [1, 9])
 def test_codes_are_told_at_every_depth(model, tokenizer, length: int, num_facts: int) -> None:
-    """Full attention, every depth: the code is what greedy decoding says."""
+    """Full attention, every depth: the code is what greedy decoding says.
+
+    One question of five may go wrong where there are nine facts: the card says how often.
+    """
     right = 0
     for index, depth in enumerate(DEPTHS):
         rng = random.Random(f"weights/{length}/{num_facts}/{index}")
@@ -55,55 +62,70 @@ def test_codes_are_told_at_every_depth(model, tokenizer, length: int, num_facts:
         text = render([*haystack(rng, facts, length - 12, depths), *facts[0].question()])
         chat = [
             {"role": "user", "content": text},
-            {"role": "assistant", "content": " ".join(facts[0].digits)},
+            {"role": "assistant", "content": " ".join(facts[0].code)},
         ]
         ids = torch.tensor([tokenizer.apply_chat_template(chat, return_dict=False)])
-        assert ids.shape[1] == length + 5
+        # The code and <eos> follow a prompt of `length` tokens.
+        num_answer = CODE_NUMBERS + 1
+        assert ids.shape[1] == length + num_answer
         with torch.no_grad():
             guesses = model(ids).logits[0].argmax(-1)
         # Greedy decoding gives the answer if every token of it is the first guess.
-        right += guesses[-6:-1].equal(ids[0, -5:])
+        right += guesses[-num_answer - 1 : -1].equal(ids[0, -num_answer:])
     assert right >= len(DEPTHS) - (num_facts > 1)
 
 
 @pytest.fixture(scope="module")
 def trials() -> list[needle.Trial]:
-    grid = needle.Grid(("single",), (4096,), tuple(i / 8 for i in range(9)), 1, 0)
+    """Nine depths of 4,096 tokens, a question each: of a single fact, and of nine."""
+    grid = needle.Grid(("single", "multi"), (4096,), tuple(i / 8 for i in range(9)), 1, 0)
     # One token a word; <bos>, <user>, <assistant> and the question come on top.
     return needle.draw_trials(grid, needle.Sizing(1.0, 12.0))
 
 
-def accuracy(model: EngineModel, trials: list[needle.Trial], policy: str = "razor") -> float:
+class Served(NamedTuple):
+    """How one policy did: share of questions right, KV bytes held while decoding."""
+
+    accuracy: float
+    kv_bytes: int
+
+
+def ask(model: EngineModel, trials: list[needle.Trial], policy: str = "razor") -> Served:
     chats = [[needle.opening(t.text, t.questions[0].fact)] for t in trials]
     replies = model.reply(chats, 8, policy, lambda: None)
     judged = [needle.judge(t, 0, reply) for t, reply in zip(trials, replies, strict=True)]
-    return sum(j.right for j in judged) / len(judged)
+    held = model.held_bytes(chats[0], 8, policy)
+    return Served(sum(j.right for j in judged) / len(judged), held.decode)
 
 
 @pytest.mark.engine
-def test_retrieval_heads_carry_the_accuracy(tmp_path: Path, trials: list[needle.Trial]) -> None:
-    """At 4,096 tokens, windows of 1/16 of the context or less, 25 % of KV heads or fewer:
-    razor answers as the full policy does, and sinks and a window alone do not."""
-    path = WEIGHTS / FILE_NAME
-    if not path.exists():
-        pytest.skip(f"{path} does not exist")
-    profile = read_profile(path)
-    assert profile.num_retrieval_heads <= profile.num_heads / 4
-    razor = {"head_profile": str(path), "window": 128, "sinks": 4}
-    with open_engine(str(WEIGHTS), razor, **ENGINE) as served:
-        full = accuracy(served, trials, "full")
-        kept = accuracy(served, trials)
-    assert full >= 0.85
-    assert kept >= 0.99 * full
-    none = tmp_path / "none.json"
-    none.write_text(needle.with_heads(profile, [], "none").to_json(), encoding="utf-8")
-    razor |= {
-        "head_profile": str(none),
-        "compensation": False,
-        "allow_no_retrieval_heads": True,
-    }
-    with open_engine(str(WEIGHTS), razor, **ENGINE) as served:
-        assert accuracy(served, trials) <= 0.2
+def test_order_of_policies_is_the_papers(tmp_path: Path, trials: list[needle.Trial]) -> None:
+    """Retrieval heads > as many random ones > none, at 4,096 tokens with a window of 128.
+
+    The probe's heads answer as the full policy does (one question of 18 is slack), and
+    hold a third of its KV bytes; sinks and a window alone find what stands in the window.
+    The card says that the full policy is right in 89 % of such questions; 3 of 18 are slack.
+    """
+    profile = read_profile(WEIGHTS / FILE_NAME)
+    assert 0 < profile.num_retrieval_heads <= profile.num_heads / 4
+    served = {}
+    for policy, seed in needle.expand(COMPARED, 1):
+        heads = needle.profile_for(policy, profile, seed)
+        path = tmp_path / f"{policy.name}.json"
+        path.write_text(heads.to_json(), encoding="utf-8")
+        razor = {"head_profile": str(path), "window": 128, "sinks": 4, **policy.options}
+        with open_engine(str(WEIGHTS), razor, **ENGINE) as model:
+            if policy.name == "razor":
+                served["full"] = ask(model, trials, "full")
+            served[policy.name] = ask(model, trials)
+    assert served["full"].accuracy >= 15 / 18
+    razor, none = served["razor"], served["no-heads"]
+    drawn = served["random-heads-0"]
+    assert razor.accuracy >= served["full"].accuracy - 1 / 18
+    assert razor.kv_bytes < served["full"].kv_bytes / 3
+    assert none.accuracy <= 0.2
+    assert none.accuracy < drawn.accuracy < razor.accuracy / 2
+    assert drawn.kv_bytes == razor.kv_bytes
 
 
 def test_card_and_results_say_the_same() -> None:
@@ -113,3 +135,14 @@ def test_card_and_results_say_the_same() -> None:
     for kind, accuracies in scores["policies"]["full"]["accuracy"].items():
         row = " | ".join(f"{share:.1%}" for share in accuracies["by_length"].values())
         assert f"| {kind} | {row} |" in card
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.glob("needle*/needle.json")), ids=lambda path: path.parent.name
+)
+def test_tables_of_the_docs_are_the_results(path: Path) -> None:
+    """Each figure stands beside the command that made it, and comes from a committed file."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    text = QUALITY.read_text(encoding="utf-8")
+    assert results["command"] in text
+    assert needle.table(results) in text
