@@ -4,7 +4,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL := build/models/random-llama
+# Served by `make serve`: learned to look codes up in its context.
+MODEL ?= models/needle/weights
+# Random weights: for tests and for speed.
+RANDOM := build/models/random-llama
 HOST ?= 127.0.0.1
 PORT ?= 8000
 # KV memory of `make serve` and `make bench`, in bytes: vLLM would take most of the machine's.
@@ -13,27 +16,49 @@ KV_BYTES ?= 1073741824
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench clean
+.PHONY: help setup serve test browser lint bench needle load gpu-check image clean
 
 help: ## print this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(VENV)/.cpu $(VENV)/.test $(MODEL)/config.json ## make .venv with vLLM for CPUs, and the bundled model
+setup: $(VENV)/.cpu $(VENV)/.test $(RANDOM)/config.json ## make .venv with vLLM for CPUs, and a random model
 
-serve: $(VENV)/.cpu $(MODEL)/config.json ## serve the bundled model under the razor policy
-	$(BIN)/razor serve $(MODEL) --host $(HOST) --port $(PORT) --served-model-name bundled \
+serve: $(VENV)/.cpu ## serve the bundled needle model under the razor policy
+	$(BIN)/razor serve $(MODEL) --host $(HOST) --port $(PORT) --served-model-name needle \
 	  --razor-window 256 --kv-cache-memory-bytes $(KV_BYTES) $(ARGS)
 
-test: $(VENV)/.cpu $(VENV)/.test ## run the whole test suite
+test: $(VENV)/.cpu $(VENV)/.test browser ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+browser: # Chromium, for the tests of the page
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -q \
+	       && apt-get install -y -q --no-install-recommends chromium; } \
+	  || { echo "make: the tests of the page need Chromium: apt-get install chromium"; exit 1; }
 
 lint: $(VENV)/.cpu $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.cpu $(MODEL)/config.json ## measure held memory, residents and speed, full against razor
-	$(BIN)/python benchmarks/residency.py $(MODEL) --output build/residency.json $(ARGS)
+bench: $(VENV)/.cpu $(RANDOM)/config.json ## held memory, residents, decode speed and kernels on this CPU
+	$(BIN)/python benchmarks/residency.py $(RANDOM) --output build/residency.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.decode $(RANDOM) --output build/decode.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu_kernels --output build/cpu-kernels.json
+
+needle: $(VENV)/.cpu ## facts in a haystack under every policy, with heat-maps in build/needle
+	$(BIN)/python -m benchmarks.needle --model models/needle/weights --kinds single multi --lengths 2048 4096 \
+	  --random-draws 2 --output build/needle --dtype float32 --enforce-eager \
+	  --engine-options '{"kv_cache_memory_bytes": 536870912}' $(ARGS)
+
+load: $(VENV)/.cpu $(VENV)/.test ## the same load under full and under razor: a report in build/load
+	$(BIN)/python -m benchmarks.load models/needle/weights --output build/load $(ARGS)
+
+gpu-check: ## on a CUDA machine: correctness, kernel speed and the engine's slopes; PROFILE=head profile of an 8B Llama
+	$(PYTHON) -m benchmarks.gpu_check --profile $(PROFILE) --output benchmarks/results/gpu-check.json $(ARGS)
+
+image: ## the CPU image
+	docker build -f docker/Dockerfile.cpu -t razor-vllm:cpu .
 
 clean: ## remove what was made: .venv, build, caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -44,7 +69,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 
 # The configured indexes first; PyTorch's own only where they lack its CPU build.
-$(VENV)/.cpu: setup.py | $(BIN)/python
+$(VENV)/.cpu: setup.py kernels/razor_kernels/native.cpp | $(BIN)/python
 	$(BIN)/python -m pip install --quiet torch==2.13.0+cpu \
 	  || $(BIN)/python -m pip install --quiet torch==2.13.0+cpu --index-url $(TORCH_INDEX)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[cpu]'
@@ -55,5 +80,5 @@ $(VENV)/.test: setup.py $(VENV)/.cpu
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[test,lint]'
 	touch $@
 
-$(MODEL)/config.json: models/make_random_llama.py $(VENV)/.cpu
-	$(BIN)/python models/make_random_llama.py $(MODEL)
+$(RANDOM)/config.json: models/make_random_llama.py $(VENV)/.cpu
+	$(BIN)/python models/make_random_llama.py $(RANDOM)

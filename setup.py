@@ -13,7 +13,7 @@ PACKAGES = {
 
 RAY = ["pyarrow==26.0.1", "ray[serve]==2.60.0"]
 """`ray[llm]` would bring another vLLM."""
-LOAD = ["locust"]
+LOAD = ["locust==2.47.0", "pandas==3.1.1", "psutil"]
 
 NATIVE_BUILDS = {"_native": []}
 """Libraries of `native.cpp` and the instruction set each is for: the fastest that runs serves."""

@@ -9,6 +9,7 @@ Its head profile is made by hand: one KV head in four, spread over the layers.
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -44,17 +45,27 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(vocab_size: int, seed: int, num_kv_heads: int = NUM_KV_HEADS) -> LlamaForCausalLM:
+class Shape(NamedTuple):
+    """Of the model; the tests rely on what is default."""
+
+    num_layers: int = NUM_LAYERS
+    num_heads: int = NUM_HEADS
+    num_kv_heads: int = NUM_KV_HEADS
+    head_size: int = HEAD_SIZE
+
+
+def make_model(vocab_size: int, seed: int, shape: Shape) -> LlamaForCausalLM:
     """Random weights, the same for the same seed."""
     torch.manual_seed(seed)
+    width = shape.num_heads * shape.head_size
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=NUM_HEADS * HEAD_SIZE,
-        intermediate_size=512,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=NUM_HEADS,
-        num_key_value_heads=num_kv_heads,
-        head_dim=HEAD_SIZE,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_size,
         max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         bos_token_id=0,
@@ -65,31 +76,35 @@ def make_model(vocab_size: int, seed: int, num_kv_heads: int = NUM_KV_HEADS) -> 
     return LlamaForCausalLM(config)
 
 
-def make_profile() -> HeadProfile:
+def make_profile(shape: Shape) -> HeadProfile:
     """One KV head a layer, another in each layer."""
+    heads = shape.num_kv_heads
     return HeadProfile(
-        num_layers=NUM_LAYERS,
-        num_kv_heads=NUM_KV_HEADS,
-        head_size=HEAD_SIZE,
-        retrieval_heads=tuple((layer % NUM_KV_HEADS,) for layer in range(NUM_LAYERS)),
+        num_layers=shape.num_layers,
+        num_kv_heads=heads,
+        head_size=shape.head_size,
+        retrieval_heads=tuple((layer % heads,) for layer in range(shape.num_layers)),
         made_by={"method": "by hand: the model is random, no head retrieves"},
     )
 
 
-def save(folder: Path, seed: int = 0) -> None:
+def save(folder: Path, seed: int = 0, shape: Shape | None = None) -> None:
     """Write model, tokenizer, chat template and head profile to a folder."""
-    tokenizer = make_tokenizer()
-    make_model(len(tokenizer), seed).save_pretrained(folder)
+    tokenizer, shape = make_tokenizer(), shape or Shape()
+    make_model(len(tokenizer), seed, shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / FILE_NAME).write_text(make_profile().to_json(), encoding="utf-8")
+    (folder / FILE_NAME).write_text(make_profile(shape).to_json(), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    for name, default in Shape()._asdict().items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     args = parser.parse_args()
-    save(args.folder, args.seed)
+    shape = Shape(args.num_layers, args.num_heads, args.num_kv_heads, args.head_size)
+    save(args.folder, args.seed, shape)
     print(f"made {args.folder}")
 
 

@@ -27,6 +27,13 @@ _DECODE_TILE_BYTES = 32 * 1024
 """Of K and V a tile: with two units an SM, see `triton_decode.WAVE`. Derived, not measured."""
 
 
+MAX_DECODE_ROWS = 32
+"""Queries times group of a decode: 64 spill 32 bytes at head_dim 128 of bf16 (sm_80)."""
+
+CONVERTS_FP8 = 89
+"""Compute capability from which on Triton converts e4m3 with the device's instructions."""
+
+
 class Device(NamedTuple):
     """What launches depend on. capability: 10 * major + minor of the compute capability."""
 
@@ -44,7 +51,7 @@ class Device(NamedTuple):
     @property
     def converts_fp8(self) -> bool:
         """Whether Triton converts e4m3 with the device's instructions."""
-        return self.capability >= 89
+        return self.capability >= CONVERTS_FP8
 
 
 class PrefillTile(NamedTuple):
@@ -56,25 +63,35 @@ class PrefillTile(NamedTuple):
     num_stages: int
 
 
-def prefill_tile(head_dim: int, dtype: torch.dtype, stored: torch.dtype) -> PrefillTile:
-    """Tile of the prefill; derived from registers and shared memory, not measured.
+def prefill_tile(head_dim: int, dtype: torch.dtype, capability: int) -> PrefillTile:
+    """Tile of the prefill; chosen so that nothing spills (`benchmarks.triton_resources`).
 
-    An accumulator of 128 x 128 fp32 is 64 registers a thread of 256, K and V of 64 keys in
-    two stages 64 KiB; head_dim 256 halves the keys. Dots of fp32 run without tensor cores:
-    their tiles are as small as a dot allows, to hold operands in registers.
+    Speed was not measured. An accumulator of 128 x 128 fp32 is 64 registers a thread of 256, K
+    and V of 64 keys in two stages 64 KiB; head_dim 256 halves the keys. Before sm_90 a dot's
+    operands lie in registers as well: at head_dim 128, bf16, 64 keys spill 104 bytes on sm_80,
+    32 keys 8, 16 none. At 256 each warp holds all queries: 64 of them spill 272 bytes, 32 none.
+    Dots of fp32 run without tensor cores: 32 x 32 spill 8 bytes at 64, 16 at 128.
     """
     wide = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
-        return PrefillTile(32, 32 if wide < 256 else 16, 4 if wide < 128 else 8, 2)
+        return PrefillTile(32, 32, 8, 2) if wide < 64 else PrefillTile(16, 16, 8, 2)
+    if capability < 90:
+        if wide < 128:
+            return PrefillTile(128, 32, 8, 2)
+        return PrefillTile(128, 16, 8, 2) if wide < 256 else PrefillTile(32, 16, 8, 2)
     if wide < 128:
         return PrefillTile(128, 64, 4, 3)
     return PrefillTile(128, 64 if wide < 256 else 32, 8, 2)
 
 
-def decode_block_n(head_dim: int, stored: torch.dtype) -> int:
-    """Keys of a tile of the decode."""
-    row = 2 * triton.next_power_of_2(head_dim) * stored.itemsize
-    return min(128, max(16, _DECODE_TILE_BYTES // row))
+def decode_block_n(head_dim: int, stored: torch.dtype, rows: int) -> int:
+    """Keys of a tile of the decode, which has `rows` queries times group.
+
+    fp8 is converted in registers, and more rows take more of them: half as many keys.
+    """
+    halved = stored == torch.float8_e4m3fn or rows > 16
+    most = _DECODE_TILE_BYTES // 2 if halved else _DECODE_TILE_BYTES
+    return min(128, max(16, most // (2 * triton.next_power_of_2(head_dim) * stored.itemsize)))
 
 
 class TritonForm:
@@ -86,7 +103,8 @@ class TritonForm:
         num_kv_heads: of a layer. group: query heads a KV head, 1 to 16.
         max_requests: of a step, padding included.
         max_queries: a request with so many queries or fewer is decoded, one with more is
-            prefilled: 1, and the drafted tokens with speculation.
+            prefilled: 1, and the drafted tokens with speculation. 1 is taken where they make
+            more rows than `MAX_DECODE_ROWS`: prefill then answers drafted tokens.
         dtype: of queries and outputs.
         traits: of the device; by default its own.
 
@@ -116,10 +134,12 @@ class TritonForm:
             )
         self.traits = traits or Device.of(device)
         self.group, self.num_kv_heads, self.max_requests = group, num_kv_heads, max_requests
-        self.max_queries = max_queries
+        self.max_queries = max_queries if max_queries * group <= MAX_DECODE_ROWS else 1
         self._shapes = (_pool_shape(layouts[0], None), _pool_shape(layouts[1], window))
-        self._tile = prefill_tile(layout.head_dim, dtype, layout.dtype)
-        self._plan = self._allocate_plan(device, decode_block_n(layout.head_dim, layout.dtype))
+        capability = self.traits.capability
+        self._tile = prefill_tile(layout.head_dim, dtype, capability)
+        block_n = decode_block_n(layout.head_dim, layout.dtype, self.max_queries * group)
+        self._plan = self._allocate_plan(device, block_n)
         self._partials = self._allocate_partials(device, layout.head_dim)
 
     def max_units(self, num_requests: int) -> int:

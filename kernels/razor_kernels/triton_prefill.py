@@ -8,7 +8,7 @@ of K and V. Its keys are a list with a gap, see `triton_tile`, and of the list's
     [low, high)    all queries, without a mask
     from high on   some: the block's own diagonal
 
-Each page of a block's queries has a compensation slot of its own; they are a last tile.
+Each page of a block's queries has a compensation slot of its own; they are a tile before.
 """
 
 import triton
@@ -170,6 +170,13 @@ def _attend_block(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    if pool.LOCAL and NUM_SLOTS > 0:  # noqa: SIM102 - the outer is static
+        # First: after the tiles, q would stay in registers through them.
+        if last >= until:
+            acc, m_i, l_i = _attend_slots(
+                acc, m_i, l_i, q, pool, logits, request, slot, position, slopes, first, last,
+                until, NUM_SLOTS, BLOCK_D,
+            )  # fmt: skip
     acc, m_i, l_i = _attend_tiles(
         acc, m_i, l_i, q, pool, logits, request, slot, position, window_start, slopes, keys,
         low, high, high, high, False, BLOCK_N, BLOCK_D,
@@ -178,12 +185,6 @@ def _attend_block(
         acc, m_i, l_i, q, pool, logits, request, slot, position, window_start, slopes, keys,
         0, num_tiles, low, high, True, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    if pool.LOCAL and NUM_SLOTS > 0:  # noqa: SIM102 - the outer is static
-        if last >= until:
-            acc, m_i, l_i = _attend_slots(
-                acc, m_i, l_i, q, pool, logits, request, slot, position, slopes, first, last,
-                until, NUM_SLOTS, BLOCK_D,
-            )  # fmt: skip
 
     out_ptr = out.ptr + head * out.stride_head
     out_ptr += (token * out.stride_token + rows % GROUP * out.stride_group)[:, None]

@@ -18,7 +18,8 @@ from razor_kernels.triton_tile import Batch, Heads, Pool, tail_ptr, to_float, to
 
 _TILE = 4096
 """Elements of K, and as many of V, that a program sums at once: 32 fp32 registers each a
-thread of 128. Derived, not measured."""
+thread of 128. Half of it of fp32, and of fp8 that is made of integers: 8 bytes of
+that spill else (sm_80). Derived, not measured."""
 
 _FEW_TOKENS = 16
 """Up to here a request touches one page or two, and a program takes the widest slice of
@@ -185,7 +186,10 @@ def write(
     num_requests = batch.seq_lens_ptr.shape[0]
     block_d = triton.next_power_of_2(head_dim)
     rows = triton.next_power_of_2(local.BLOCK_SIZE.value) if local else 16
-    widest = min(block_d, max(16, _TILE // rows))
+    cache = local.cache_ptr if local else None
+    halved = cache is not None and cache.dtype in (torch.uint8, torch.float32)
+    tile = _TILE // 2 if halved else _TILE
+    widest = min(block_d, max(16, tile // rows))
     block_s = widest if max_query_len <= _FEW_TOKENS else 16
     num_slices = triton.cdiv(head_dim, block_s) if local else 0
     block_t = max(16, min(64, _TILE // block_d // 2))
@@ -202,7 +206,7 @@ def write(
         BLOCK_T=block_t,
         BLOCK_S=block_s,
         NUM_SLICES=num_slices,
-        PAGES=max(1, _TILE // (rows * block_s)),
+        PAGES=max(1, tile // (rows * block_s)),
         ROWS=rows,
         num_warps=4,
     )

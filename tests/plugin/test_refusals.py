@@ -146,7 +146,9 @@ def test_bad_profiles_stop_the_start(model_dir: Path, tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match="cannot read head profile /none.json"):
         create(model_dir, {"razor": {"head_profile": "/none.json"}})
     other = model_with(model_dir, tmp_path, num_key_value_heads=2)
-    make_random_llama.make_model(261, seed=0, num_kv_heads=2).save_pretrained(other)
+    make_random_llama.make_model(261, 0, make_random_llama.Shape(num_kv_heads=2)).save_pretrained(
+        other
+    )
     with pytest.raises(ValueError, match="this model has 4, 2 and 32"):
         create(other)
     (other / "razor_profile.json").unlink()
