@@ -18,7 +18,7 @@ needs GPUs.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from ray.serve import Application
@@ -123,7 +123,7 @@ def _router(options: AppOptions) -> dict[str, Any]:
         return {}
     return {
         "request_router_config": RequestRouterConfig(
-            request_router_class=PrefixCacheAffinityRouter,
+            request_router_class=cast(Any, PrefixCacheAffinityRouter),
             # Without eviction the router keeps every prompt's text for ever.
             request_router_kwargs={
                 "imbalanced_threshold": options.imbalance,
@@ -153,7 +153,7 @@ def llm_config(options: AppOptions) -> LLMConfig:
         },
         engine_kwargs=engine_options(options),
         accelerator_type=options.accelerator_type,
-        accelerator_config={"kind": options.accelerator},
+        accelerator_config=cast(Any, {"kind": options.accelerator}),
         placement_group_config={
             "bundle_per_worker": _worker_bundle(options),
             "strategy": options.placement,
