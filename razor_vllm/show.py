@@ -137,10 +137,12 @@ def _mass(profile: HeadProfile) -> list[tuple[str, float]]:
 
 
 def draw(profile: HeadProfile, path: Path) -> None:
-    """Draw the choice, each score, and the curve of kept share against score mass, as PNG.
+    """Write the `picture` of a profile to a file, atomically."""
+    write_whole(path, picture(profile))
 
-    Writes atomically.
-    """
+
+def picture(profile: HeadProfile) -> bytes:
+    """The choice, each score, and the curve of kept share against score mass, as PNG."""
     import matplotlib.pyplot as plt
     from matplotlib.figure import Figure
 
@@ -168,7 +170,7 @@ def draw(profile: HeadProfile, path: Path) -> None:
         axis.set(title="score mass kept", xlabel="share of KV heads", ylim=(0, 1.02))
         axis.legend()
     figure.tight_layout()
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=120)
     plt.close(figure)
-    write_whole(path, picture.getvalue())
+    return png.getvalue()

@@ -1,9 +1,8 @@
 """Read-only routes: what the policy is, what it holds, which heads retrieve, what would fit."""
 
 import asyncio
-import io
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request
@@ -92,12 +91,10 @@ class Service:
 def _draw(profile: HeadProfile) -> bytes:
     import matplotlib
 
-    from razor_vllm.show import draw
+    from razor_vllm.show import picture
 
     matplotlib.use("Agg")
-    buffer = io.BytesIO()
-    draw(profile, cast(Any, buffer))
-    return buffer.getvalue()
+    return picture(profile)
 
 
 def _service(request: Request) -> Service:

@@ -91,8 +91,7 @@ def test_an_opted_out_request_is_counted_as_full(http: httpx.Client) -> None:
     """Requests by policy, in the listing and in the count."""
     before = idle(http)["requests"]["by_policy"]
     with long_request(http, vllm_xargs={"kv_policy": "full"}):
-        until(lambda: memory(http, True)["by_request"], 30)
-        assert memory(http, True)["by_request"][0]["policy"] == "full"
+        until(lambda: [r["policy"] for r in memory(http, True)["by_request"]] == ["full"], 30)
 
     def counted() -> tuple[int, int]:
         after = memory(http)["requests"]["by_policy"]
