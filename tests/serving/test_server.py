@@ -130,7 +130,7 @@ def test_a_cancelled_stream_leaves_the_server_well(client: openai.OpenAI) -> Non
         (["--kv-policy", "h2o"], "policy is 'h2o'; accepted are full, razor"),
         (["--razor-window", "-1"], "window is -1"),
         (["--razor-head-profile", "/none.json"], "cannot read head profile /none.json"),
-        (["--kv-cache-dtype", "fp8"], "a KV cache of fp8 is not covered"),
+        (["--kv-cache-dtype", "fp8_e5m2"], "a KV cache of fp8_e5m2 is not covered"),
     ],
 )
 def test_bad_options_stop_the_command(model_dir: Path, options, message: str) -> None:
