@@ -110,8 +110,10 @@ def razor_model(profile: HeadProfile, requests: int, length: int) -> Model:
     for index, layout in enumerate(layouts):
         pages = -(-length // layout.block_size)
         stored = requests * -(-held[index] // layout.block_size)
-        # Local pages out of the window are the same few again; nobody reads them.
-        table = (torch.arange(requests * pages, device="cuda") % stored).view(requests, pages)
+        # Pages out of the window, which nobody reads, are a request's first one again.
+        own = stored // requests
+        within = (torch.arange(pages, device="cuda") - (pages - own)).clamp(min=0)
+        table = torch.arange(requests, device="cuda")[:, None] * own + within
         shape = (stored, num_heads, layout.rows, 2 * head_dim)
         cache = torch.randn(shape, device="cuda", dtype=dtype)
         nowhere = torch.full((requests,), -1, device="cuda")

@@ -62,30 +62,29 @@ def _good(model: str) -> dict[str, dict[str, Any]]:
 
 def _junk(draw: random.Random) -> Any:
     """A value that hardly any field takes."""
-    return draw.choice(
-        [
-            None,
-            True,
-            -1,
-            2**63,
-            -(2**70),
-            1e308,
-            -0.5,
-            "",
-            "\x00",
-            "\ud83d\ude00" * draw.randint(1, 50),
-            "x" * draw.choice([10, 1000, 30_000]),
-            [],
-            [[]],
-            [None] * draw.randint(1, 500),
-            {},
-            {"a": {"b": {"c": []}}},
-            {"": None},
-            "../../etc/passwd",
-            "{{ 7 * 7 }}",
-            "__import__('os')",
-        ]
-    )
+    values: list[Any] = [
+        None,
+        True,
+        -1,
+        2**63,
+        -(2**70),
+        1e308,
+        -0.5,
+        "",
+        "\x00",
+        "\ud83d\ude00" * draw.randint(1, 50),
+        "x" * draw.choice([10, 1000, 30_000]),
+        [],
+        [[]],
+        [None] * draw.randint(1, 500),
+        {},
+        {"a": {"b": {"c": []}}},
+        {"": None},
+        "../../etc/passwd",
+        "{{ 7 * 7 }}",
+        "__import__('os')",
+    ]
+    return draw.choice(values)
 
 
 def _wrong_type(body: dict[str, Any], draw: random.Random) -> bytes:

@@ -202,7 +202,11 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
         rule = Rule(
             scale=self.scale,
             soft_cap=self.logits_soft_cap or 0.0,
-            alibi_slopes=None if slopes is None else torch.tensor(slopes, device=attached.device),
+            alibi_slopes=(
+                None
+                if slopes is None
+                else torch.tensor(slopes, dtype=torch.float32, device=attached.device)
+            ),
             k_scale=layer._k_scale_float,
             v_scale=layer._v_scale_float,
             compensation=attached.config.compensation,

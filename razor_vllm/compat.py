@@ -311,10 +311,20 @@ def install_engine_patches() -> None:
     """
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
+    _wrap(KVCacheManager, "get_computed_blocks", _admitting)
+    _install_figures()
+
+
+def _install_figures() -> None:
+    """The utility method and the counters of `core_memory`."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
     from razor_vllm import core_memory
 
-    _wrap(KVCacheManager, "get_computed_blocks", _admitting)
-    core_memory.install()
+    setattr(EngineCore, core_memory.UTILITY, core_memory.razor_memory)
+    _wrap(EngineCore, "add_request", core_memory.counting_requests)
+    _wrap(Scheduler, "_preempt_request", core_memory.counting_preemptions)
 
 
 def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:

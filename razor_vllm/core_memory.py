@@ -11,8 +11,8 @@ counters.
     Scheduler._preempt_request     counts preemptions
 
 They end with a vLLM that lets plugins add utility methods, and whose SchedulerStats can carry a
-plugin's own figures; checked against vLLM 0.32. `install` is called where the engine's other
-patches are made (`compat.install_engine_patches`).
+plugin's own figures; checked against vLLM 0.32. The patches themselves are made with the
+engine's others (`compat.install_engine_patches`).
 """
 
 import time
@@ -140,20 +140,9 @@ def razor_memory(core: Any, list_requests: bool = False) -> dict[str, Any]:
     }
 
 
-def install() -> None:
-    """Add the utility method and the counters; may be called more than once."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.core import EngineCore
+def counting_requests(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`EngineCore.add_request` that counts requests by policy."""
 
-    from razor_vllm import compat
-
-    core: Any = EngineCore
-    core.razor_memory = razor_memory
-    compat._wrap(EngineCore, "add_request", _counting_requests)
-    compat._wrap(Scheduler, "_preempt_request", _counting_preemptions)
-
-
-def _counting_requests(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if config_of(self.vllm_config.additional_config) is not None:
             sampling = request.sampling_params
@@ -166,7 +155,9 @@ def _counting_requests(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_request
 
 
-def _counting_preemptions(original: Callable[..., Any]) -> Callable[..., Any]:
+def counting_preemptions(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Scheduler._preempt_request` that counts."""
+
     def _preempt_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.razor_preemptions = getattr(self, "razor_preemptions", 0) + 1
         return original(self, *args, **kwargs)

@@ -93,6 +93,8 @@ SHAPES = (
     Shape(torch.bfloat16, 4, 64, stored=torch.float8_e4m3fn),
     Shape(torch.float32, 3, 64, soft_cap=2.0),
     Shape(torch.bfloat16, 2, 64, alibi=True),
+    # A query head a KV head: write and attention see heads of one shape and two dtypes.
+    Shape(torch.bfloat16, 1, 64, stored=torch.float8_e4m3fn),
 )
 
 

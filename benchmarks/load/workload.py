@@ -196,7 +196,10 @@ def request_body(
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    body |= {"messages": said} if session.route == "chat" else {"prompt": said[-1]["content"]}
+    if session.route == "chat":
+        body["messages"] = said
+    else:
+        body["prompt"] = said[-1]["content"]
     if session.full:
         body["vllm_xargs"] = {"kv_policy": "full"}
     return body

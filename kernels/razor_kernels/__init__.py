@@ -2,7 +2,7 @@
 
 This package knows tensors, never vLLM. A reader starts with `window` (which
 tokens a local head sees), then `layout` (what a page looks like), then `oracle`
-(the formula), then `paged` (the formula over pages, in PyTorch).
+(the formula), then `step` (the contract of the forms) and `forms` (which one serves).
 """
 
 from razor_kernels.layout import PageLayout

@@ -77,13 +77,16 @@ def choose_form(setting: Setting) -> Form:
 
     Raises:
         NotImplementedError: heads that the Triton kernels do not cover, on a GPU.
-        RuntimeError: the form that `RAZOR_KERNELS` names is not there.
+        RuntimeError: the form that `RAZOR_KERNELS` names cannot serve here.
+        ValueError: it names none.
     """
     wish = os.environ.get(OVERRIDE, "")
+    if wish not in ("", "native", "paged", "triton"):
+        raise ValueError(f"{OVERRIDE} is {wish!r}; accepted are native, paged and triton")
     if wish == "triton" or (not wish and setting.device.type == "cuda"):
         return _triton(setting)
     if wish == "native":
-        return native.NativeForm()
+        return _native(setting)
     if wish == "paged" or setting.device.type != "cpu":
         return PagedForm()
     return _on_cpu(setting)
@@ -92,7 +95,7 @@ def choose_form(setting: Setting) -> Form:
 def _triton(setting: Setting) -> Form:
     from razor_kernels.triton_form import TritonForm
 
-    return TritonForm(
+    form = TritonForm(
         setting.device,
         setting.layouts,
         setting.window,
@@ -102,21 +105,31 @@ def _triton(setting: Setting) -> Form:
         setting.dtype,
         setting.max_queries,
     )
+    if form.max_queries < setting.max_queries:
+        logger.warning(
+            "razor: %d drafted tokens times %d query heads a KV head are too many rows for the "
+            "decode kernel: the prefill kernel answers them, slower on long contexts",
+            setting.max_queries - 1,
+            setting.group,
+        )
+    return form
+
+
+def _native(setting: Setting) -> Form:
+    layout = setting.layout
+    if setting.device.type != "cpu":
+        raise RuntimeError(f"razor: native kernels run on a CPU, not on {setting.device.type}")
+    if not native.covers(layout.head_dim, setting.group, layout.dtype):
+        raise RuntimeError(
+            f"razor: no native kernels for heads of {layout.head_dim} "
+            f"(group {setting.group}, {layout.dtype})"
+        )
+    return native.NativeForm()
 
 
 def _on_cpu(setting: Setting) -> Form:
-    head_dim, stored = setting.layout.head_dim, setting.layout.dtype
-    if not native.covers(head_dim, setting.group, stored):
-        logger.warning(
-            "razor: no native kernels for heads of %d (group %d, %s): attention runs in "
-            "PyTorch, several times slower",
-            head_dim,
-            setting.group,
-            stored,
-        )
-        return PagedForm()
     try:
-        return native.NativeForm()
+        return _native(setting)
     except RuntimeError as error:
         logger.warning("%s. Attention runs in PyTorch, several times slower", error)
         return PagedForm()

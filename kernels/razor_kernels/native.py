@@ -123,7 +123,7 @@ class NativeForm:
         self._library = library()
         self._step: tuple[Step, _Step] | None = None
         # By id; the key's object is held, so that an id is not used again.
-        self._layers: dict[tuple[int, int], tuple[LayerHeads, Rule, _Layer]] = {}
+        self._layers: dict[tuple[int, int, torch.dtype], tuple[LayerHeads, Rule, _Layer]] = {}
 
     def plan(self, step: Step) -> None:
         """Nothing: a step is taken in by the first layer that brings it."""
@@ -180,10 +180,10 @@ class NativeForm:
     def _layer_of(
         self, heads: LayerHeads, rule: Rule, head_dim: int, dtype: torch.dtype, group: int
     ) -> _Layer:
-        known = self._layers.get((id(heads), group))
+        known = self._layers.get((id(heads), group, dtype))
         if known is None or known[1] is not rule:
             layer = _layer(heads, rule, head_dim, dtype, group)
-            known = self._layers[id(heads), group] = (heads, rule, layer)
+            known = self._layers[id(heads), group, dtype] = (heads, rule, layer)
         return known[2]
 
 

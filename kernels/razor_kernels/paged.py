@@ -282,10 +282,12 @@ def attention(
         out: like query; rows of the segments are written to, others left alone.
     """
     scale = rule.scale * rule.k_scale
+    # A quantized cache's outputs are scaled before they are rounded, once.
+    dtype = query.dtype if rule.v_scale == 1.0 else torch.float32
     for segment in segments:
         rows = slice(segment.start, segment.stop)
-        k, v = _gather(cache, layout, segment, query.dtype)
-        q = query[rows].permute(1, 2, 0, 3)  # [num_slots, group, T, D]
+        k, v = _gather(cache, layout, segment, dtype)
+        q = query[rows].permute(1, 2, 0, 3).to(dtype)  # [num_slots, group, T, D]
         if rule.soft_cap > 0 or slopes is not None:
             result = _attend_bent(q, k, v, segment, rule, slopes)
         elif q.shape[2] == 1:
@@ -303,9 +305,7 @@ def attention(
                 is_causal=segment.causal,
                 scale=scale,
             )
-        if rule.v_scale != 1.0:
-            result = result * rule.v_scale
-        out[rows] = result.permute(2, 0, 1, 3)
+        out[rows] = (result * rule.v_scale).permute(2, 0, 1, 3)
 
 
 def _attend_bent(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import answers, engine, profile_file, prompts
+from engines import Answer, answers, engine, profile_file, prompts
 from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 pytestmark = pytest.mark.engine
@@ -70,16 +70,20 @@ def test_nothing_dropped_is_stock(kind: str, tmp_path: Path) -> None:
             found[name] = answers(llm, requests)
     for name in ("all", "wide"):
         assert [a.tokens for a in found[name]] == [a.tokens for a in stock], name
-    differ = [a.logprobs != b.logprobs for a, b in zip(found["narrow"], stock, strict=True)]
-    assert any(differ), "32 tokens of 700 change nothing"
+    rounding, moved = moved_by(stock, found["wide"]), moved_by(found["wide"], found["narrow"])
+    assert moved > 20 * rounding, f"a window of 32 in 700 tokens moves {moved}, rounding {rounding}"
+
+
+def moved_by(one: list[Answer], other: list[Answer]) -> float:
+    """How far the log-probability of the first token decoded is moved, at most."""
+    return max(abs(a.logprobs[1] - b.logprobs[1]) for a, b in zip(one, other, strict=True))
 
 
 def test_fp8_cache(model_dir: Path, tmp_path: Path) -> None:
     """`--kv-cache-dtype fp8` stores a byte a number, and costs rounding only.
 
-    The kernels' tests hold it against the oracle to the bit of what is stored; here the
-    first token's log-probability is near the unquantized one's (stock vLLM 0.32's own fp8
-    cache on a CPU is off by 0.17 in the mean on these prompts).
+    The kernels' tests hold it against the oracle of what is stored; here the first token's
+    log-probability is near the unquantized one's.
     """
     requests = prompts([40, 300, 900], seed=5)
     razor = {"head_profile": profile_file(tmp_path, [[0]] * 4), "window": 1024}

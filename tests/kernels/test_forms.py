@@ -1,7 +1,6 @@
 """The forms that run on a CPU, PyTorch's and the native one, against the oracle."""
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
@@ -158,10 +157,8 @@ def test_odd_head_dims_fall_back_loudly(caplog) -> None:
 def test_slots_with_gaps_are_refused_by_the_pytorch_form() -> None:
     """It reads a layer's slots as one slice."""
     feed = Feed(CASES[0], SHAPES[0])
-    slots = torch.tensor([0, 0, 2, 2], dtype=torch.int32)
-    heads = feed.heads._replace(slot_of=slots)
-    assert len(slots) == NUM_KV_HEADS
-    step = replace(feed.step([(0, 0, 1)]))
+    heads = feed.heads._replace(slot_of=torch.tensor([0, 0, 2, 2], dtype=torch.int32))
+    step = feed.step([(0, 0, 1)])
     q = torch.zeros(1, NUM_KV_HEADS, 2, 32)
     with pytest.raises(AssertionError, match="gaps"):
         paged.PagedForm().attention(q, heads, step, rule_of(SHAPES[0]), q.clone())
@@ -175,3 +172,11 @@ def test_tail_takes_whole_rows(dtype: torch.dtype, rows: int) -> None:
     layout = PageLayout(32, 64, dtype, has_tail=True)
     assert layout.tail_rows == rows
     assert layout.tails(torch.zeros(2, 3, layout.rows, 128, dtype=dtype)).shape == (2, 3, 128)
+
+
+@pytest.mark.parametrize(("wish", "error"), [("trition", ValueError), ("native", RuntimeError)])
+def test_a_wished_form_that_cannot_serve_is_refused(monkeypatch, wish, error) -> None:
+    """`RAZOR_KERNELS` is never passed over in silence."""
+    monkeypatch.setenv(forms.OVERRIDE, wish)
+    with pytest.raises(error):
+        forms.choose_form(setting(72, torch.float32))
