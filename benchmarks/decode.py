@@ -1,9 +1,11 @@
-"""How fast long contexts decode: stock vLLM against razor, the same requests side by side.
+"""How fast long contexts decode on a CPU: stock vLLM against razor, the same requests side by side.
 
     python -m benchmarks.decode MODEL --output FILE [--lengths 512 16384] [--requests 4]
 
 A process holds one policy's engine and takes turns with the other's: each reads the
 prompts once, then decodes in rounds, so that what else the machine does hits both alike.
+`host` is a step's time outside the model's forward pass: scheduling, block tables,
+metadata, sampling.
 """
 
 import argparse
@@ -15,17 +17,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from benchmarks.residency import device
 
 POLICIES = ("stock", "razor")
+_RESULT = "RESULT "
 
 
 def serve_rounds(model: str, job: dict[str, Any]) -> None:
-    """One policy in this process: a line `ready`, then median seconds a step for each line read."""
+    """One policy in this process: a line when ready, then one with medians for each line read."""
     from vllm import LLM, SamplingParams
 
     razor = {"window": job["window"]}
@@ -47,17 +50,44 @@ def serve_rounds(model: str, job: dict[str, Any]) -> None:
     for index in range(job["requests"]):
         tokens = [draw.randrange(5, 200) for _ in range(job["length"])]
         engine.add_request(str(index), {"prompt_token_ids": tokens}, params)
-    running = engine.engine_core.engine_core.scheduler.running
+    core = engine.engine_core.engine_core
+    forward = ForwardTimer(core.model_executor.driver_worker.worker.model_runner)
+    running = core.scheduler.running
     while len(running) < job["requests"] or any(r.num_output_tokens < 2 for r in running):
         engine.step()
-    print("ready", flush=True)
+    print(_RESULT + "ready", flush=True)
     for _ in sys.stdin:
-        steps = []
+        steps, host = [], []
         for _ in range(job["steps"]):
-            begin = time.perf_counter()
+            forward.seconds, begin = 0.0, time.perf_counter()
             engine.step()
             steps.append(time.perf_counter() - begin)
-        print(statistics.median(steps), flush=True)
+            host.append(steps[-1] - forward.seconds)
+        medians = Times(statistics.median(steps), statistics.median(host))
+        print(_RESULT + json.dumps(medians), flush=True)
+
+
+class Times(NamedTuple):
+    """Seconds of a step, and of its part outside the forward pass."""
+
+    step: float
+    host: float
+
+
+class ForwardTimer:
+    """Adds up what a model runner's forward passes take, in seconds."""
+
+    def __init__(self, runner: Any) -> None:
+        self.seconds = 0.0
+        self.original = runner._model_forward
+        runner._model_forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - begin
 
 
 class Server:
@@ -81,17 +111,16 @@ class Server:
         """
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            word = line.strip()
-            if word == "ready" or word.replace(".", "", 1).replace("e-", "", 1).isdigit():
-                return word
+            if line.startswith(_RESULT):
+                return line.removeprefix(_RESULT)
         raise RuntimeError(f"the engine ended with status {self.process.wait()}")
 
-    def round(self) -> float:
-        """Median seconds a step, of one round."""
+    def round(self) -> Times:
+        """Medians of one round."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return float(self.read())
+        return Times(*json.loads(self.read()))
 
     def close(self) -> None:
         self.process.kill()
@@ -104,22 +133,24 @@ def compare(model: str, job: dict[str, Any]) -> dict[str, Any]:
     try:
         for server in servers.values():
             server.read()
-        rounds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+        rounds: dict[str, list[Times]] = {policy: [] for policy in POLICIES}
         for _ in tqdm(range(job["rounds"]), desc=f"{job['length']} tokens"):
             for policy, server in servers.items():
                 rounds[policy].append(server.round())
     finally:
         for server in servers.values():
             server.close()
-    seconds = {policy: statistics.median(taken) for policy, taken in rounds.items()}
+    seconds = {p: statistics.median(x.step for x in taken) for p, taken in rounds.items()}
+    host = {p: statistics.median(x.host for x in taken) for p, taken in rounds.items()}
     return {
         "length": job["length"],
         "step_ms": {policy: round(x * 1e3, 3) for policy, x in seconds.items()},
+        "host_ms": {policy: round(x * 1e3, 3) for policy, x in host.items()},
         "output_tokens_per_second": {
             policy: round(job["requests"] / x, 1) for policy, x in seconds.items()
         },
         "razor_to_stock": round(seconds["stock"] / seconds["razor"], 2),
-        "rounds_ms": {p: [round(x * 1e3, 3) for x in taken] for p, taken in rounds.items()},
+        "rounds_ms": {p: [round(x.step * 1e3, 3) for x in taken] for p, taken in rounds.items()},
     }
 
 
@@ -155,7 +186,10 @@ def main() -> None:
         "rows": rows,
     }
     for row in rows:
-        print(row["length"], row["step_ms"], f"razor is {row['razor_to_stock']}x stock")
+        print(
+            f"{row['length']} tokens: step {row['step_ms']}, host {row['host_ms']}, "
+            f"razor is {row['razor_to_stock']}x stock"
+        )
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -77,7 +77,8 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
         self.plans = not self.is_local or RETRIEVAL_POOL not in context
         # One buffer for all steps: a CUDA graph reads it.
         size = vllm_config.scheduler_config.max_num_seqs
-        self.dense_until = torch.zeros(size, dtype=torch.int32, device=device)
+        self.dense_until = torch.full((size,), DENSE_FOREVER, dtype=torch.int32, device=device)
+        self.filled: tuple[int, ...] = ()
 
     def build(
         self,
@@ -101,10 +102,13 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
         return RazorMetadata(batch)
 
     def _dense_until(self, num_requests: int) -> torch.Tensor:
+        values = step_dense_until.get()[:num_requests]
         # Rows beyond the runner's requests are padding, or a dummy run's: no value counts.
-        values = [*step_dense_until.get(), *[DENSE_FOREVER] * num_requests][:num_requests]
-        fresh = torch.tensor(values, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        return self.dense_until[:num_requests].copy_(fresh, non_blocking=True)
+        if values != self.filled:
+            fresh = torch.tensor(values, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+            self.dense_until[: len(values)].copy_(fresh, non_blocking=True)
+            self.filled = values
+        return self.dense_until[:num_requests]
 
 
 def step_of(all_metadata: dict[str, RazorMetadata]) -> Step:

@@ -370,12 +370,12 @@ def _building_v1(original: Callable[..., Any]) -> Callable[..., Any]:
         config = config_of(self.vllm_config.additional_config)
         if config is None:
             return original(self, *args, **kwargs)
-        batch = []
-        for req_id in self.input_batch.req_ids:
-            state = self.requests[req_id]
-            extra = state.sampling_params.extra_args if state.sampling_params else None
-            batch.append(dense_until(config, extra, state.num_prompt_tokens))
-        token = step_dense_until.set(tuple(batch))
+        states = [self.requests[req_id] for req_id in self.input_batch.req_ids]
+        for state in states:
+            if not hasattr(state, "razor_dense_until"):
+                extra = state.sampling_params.extra_args if state.sampling_params else None
+                state.razor_dense_until = dense_until(config, extra, state.num_prompt_tokens)
+        token = step_dense_until.set(tuple(state.razor_dense_until for state in states))
         try:
             return original(self, *args, **kwargs)
         finally:

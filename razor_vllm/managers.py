@@ -57,6 +57,7 @@ class _RazorManager(SingleTypeKVCacheManager):
 
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
+        self.is_exact = self.kv_cache_spec.razor.prefill == "exact"
         self.dense_until: dict[str, int] = {}
         # Counted for the metrics: tokens taken from the prefix cache, tokens that left windows.
         self.hit_tokens = 0
@@ -76,6 +77,44 @@ class _RazorManager(SingleTypeKVCacheManager):
         self.dense_until[request.request_id] = until
         return Lookup(until)
 
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Free pages that a request needs to grow to `num_tokens`.
+
+        Cached pages that it reuses count too where they lie in the free queue.
+        """
+        required = -(-num_tokens // self.block_size)
+        held = len(self.req_to_blocks.get(request_id, ()))
+        # Every request comes here in every step; most of them bring no hit.
+        if not new_computed_blocks and not apply_admission_cap:
+            return max(required - held, 0)
+        cap = self.max_admission_blocks_per_request
+        if apply_admission_cap and cap is not None:
+            required = min(required, cap)
+            reused = sum(not block.is_null for block in new_computed_blocks)
+        else:
+            reused = len(new_computed_blocks)
+        return max(required - reused - held, 0) + self._get_num_evictable_blocks(
+            new_computed_blocks
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Pages for `num_tokens` tokens; mostly the last one has room, and there are none."""
+        if len(self.req_to_blocks[request_id]) * self.block_size >= num_tokens:
+            return []
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
     def count_hit(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Count the tokens of pages that a request takes from the prefix cache."""
         self.hit_tokens += self.block_size * sum(not block.is_null for block in blocks)
@@ -89,8 +128,10 @@ class _RazorManager(SingleTypeKVCacheManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Cache full pages; in exact mode only those whose tokens were attended densely."""
-        if self.kv_cache_spec.razor.prefill == "exact":
+        if self.is_exact:
             num_tokens = min(num_tokens, self.dense_until[request.request_id])
+        if num_tokens < (self.num_cached_block.get(request.request_id, 0) + 1) * self.block_size:
+            return  # no page has filled, as in most steps
         SingleTypeKVCacheManager.cache_blocks(
             self, request, num_tokens, replay_boundaries=replay_boundaries
         )
@@ -142,6 +183,14 @@ class RetrievalManager(_RazorManager, FullAttentionManager):
 
     supports_fine_grained_hash_lookup = False
 
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Nothing is ever skipped."""
+
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *lengths: int, **kwargs
     ) -> None:
@@ -180,6 +229,8 @@ class LocalManager(_RazorManager, SlidingWindowManager):
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._dropped: dict[str, int] = {}
+        # Position from which a request's next page is skipped; `dense_until` at first.
+        self._due: dict[str, int] = {}
 
     def remove_skipped_blocks(
         self,
@@ -188,14 +239,18 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         """Free the pages between the sinks and the window of the next query."""
-        until = self.dense_until.get(request_id, DENSE_FOREVER)
-        if processed_computed_tokens < until:
+        due = self._due.get(request_id)
+        if due is None:
+            due = self.dense_until.get(request_id, DENSE_FOREVER)
+        if processed_computed_tokens < due:
             return
         window = self.kv_cache_spec.window
         kept = window.first_kept_page(processed_computed_tokens)
         self._remove_blocks_in_range(request_id, window.sink_pages, kept)
         page = processed_computed_tokens // self.block_size
         self._count_dropped(request_id, window.num_dropped(page))
+        # Windows move with the page: nothing more to do at any other of its positions.
+        self._due[request_id] = (page + 1) * self.block_size
 
     def _count_dropped(self, request_id: str, dropped: int) -> None:
         """Count the tokens that went from a request's window into its compensation slot."""
@@ -205,34 +260,8 @@ class LocalManager(_RazorManager, SlidingWindowManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._dropped.pop(request_id, None)
+        self._due.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
-
-    def get_num_blocks_to_allocate(
-        self,
-        request_id: str,
-        num_tokens: int,
-        new_computed_blocks: Sequence[KVCacheBlock],
-        total_computed_tokens: int,
-        num_local_computed_tokens: int,
-        num_tokens_main_model: int,
-        apply_admission_cap: bool = False,
-        prefill_end: int = 0,
-    ) -> int:
-        """Free pages that a request needs to grow to `num_tokens`.
-
-        Cached pages that it reuses count too where they lie in the free queue.
-        """
-        required = -(-num_tokens // self.block_size)
-        cap = self.max_admission_blocks_per_request
-        if apply_admission_cap and cap is not None:
-            required = min(required, cap)
-            reused = sum(not block.is_null for block in new_computed_blocks)
-        else:
-            reused = len(new_computed_blocks)
-        held = len(self.req_to_blocks.get(request_id, ()))
-        return max(required - reused - held, 0) + self._get_num_evictable_blocks(
-            new_computed_blocks
-        )
 
     def add_local_computed_blocks(
         self,
