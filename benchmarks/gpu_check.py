@@ -1,12 +1,14 @@
 """What only a GPU can settle, in one run: correctness there, kernel speed, the engine's slopes.
 
-    python -m benchmarks.gpu_check --profile PROFILE --output FILE [--parts correct kernels engine]
+    python -m benchmarks.gpu_check --profile PROFILE --output FILE [--parts correct ... host]
 
     correct   the shared table of tests/kernel_cases.py, Triton form on the device
     kernels   decode of Llama-3.1-8B's shape, all 32 layers, as a share of copy bandwidth, and
               against vLLM's FlashAttention on the same contexts, dense
     engine    vLLM with that shape and dummy weights: inter-token latency over context, time to
               first token, output tokens/s of many long contexts, {stock, razor} x {bf16, fp8}
+    host      a step of 256 short requests of a model of two such layers, where the device
+              waits for the host
 
 PROFILE is the head profile of a model of that shape (32 layers, 8 KV heads of 128), such as one
 that `razor convert` made of a published pattern.
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +42,7 @@ SINKS, WINDOW = 4, 4096
 BLOCKS = (128, 32)
 LOADS = ((64, 8_192), (8, 131_072), (1, 131_072), (1, 8_192))
 CONTEXTS = (1_024, 8_192, 32_768, 65_536, 131_072)
+HOST_LAYERS, HOST_REQUESTS, HOST_TOKENS = 2, 256, 512
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -242,72 +246,110 @@ def measure_kernels(profile: HeadProfile) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
-    """One policy and cache type in this process: latencies over context, then many requests."""
-    from vllm import LLM, SamplingParams
+class Engine:
+    """vLLM in this process, under one policy and cache type, and requests of random tokens."""
 
-    razor = {"head_profile": job["profile"], "window": WINDOW, "prefill": job["prefill"]}
-    llm = LLM(
-        job["model"],
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_model_len=max(CONTEXTS) + 256,
-        kv_cache_dtype=job["kv_cache_dtype"],
-        enable_prefix_caching=False,
-        additional_config={"razor": razor} if job["policy"] == "razor" else {},
-    )
-    engine: Any = llm.llm_engine
-    draw = random.Random(0)
+    def __init__(self, job: dict[str, Any]) -> None:
+        from vllm import LLM
 
-    def add(count: int, length: int, generated: int) -> None:
+        razor = {"head_profile": job["profile"], "window": WINDOW, "prefill": job["prefill"]}
+        llm = LLM(
+            job["model"],
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=max(CONTEXTS) + 256,
+            max_num_seqs=HOST_REQUESTS,
+            kv_cache_dtype=job["kv_cache_dtype"],
+            enable_prefix_caching=False,
+            additional_config={"razor": razor} if job["policy"] == "razor" else {},
+        )
+        self.engine: Any = llm.llm_engine
+        self.draw = random.Random(0)
+
+    def add(self, count: int, length: int, generated: int) -> None:
+        """Requests of `length` tokens."""
+        from vllm import SamplingParams
+
         params = SamplingParams(
             temperature=0, max_tokens=generated, ignore_eos=True, detokenize=False
         )
         for _ in range(count):
-            tokens = [draw.randrange(3, 100_000) for _ in range(length)]
-            engine.add_request(str(draw.random()), {"prompt_token_ids": tokens}, params)
+            tokens = [self.draw.randrange(3, 100_000) for _ in range(length)]
+            name = str(self.draw.random())
+            self.engine.add_request(name, {"prompt_token_ids": tokens}, params)
 
-    def drain() -> list[float]:
+    def drain(self) -> list[float]:
         """Times at which steps with output ended."""
         times = []
-        while engine.has_unfinished_requests():
-            if engine.step():
+        while self.engine.has_unfinished_requests():
+            if self.engine.step():
                 times.append(time.perf_counter())
         return times
 
-    add(1, 1024, 8)
-    drain()
+
+def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
+    """Latencies over context, then output tokens/s of 400k live tokens."""
+    engine = Engine(job)
+    engine.add(1, 1024, 8)
+    engine.drain()
     rows = {}
     for length in CONTEXTS:
         begin = time.perf_counter()
-        add(1, length, 64)
-        times = drain()
+        engine.add(1, length, 64)
+        times = engine.drain()
         steps = [b - a for a, b in itertools.pairwise(times[1:])]
         rows[length] = {"ttft_s": times[0] - begin, "itl_ms": statistics.median(steps) * 1e3}
     begin = time.perf_counter()
-    add(16, 25_600, 128)
-    drain()
+    engine.add(16, 25_600, 128)
+    engine.drain()
     return {"by_context": rows, "output_tokens_s": 16 * 128 / (time.perf_counter() - begin)}
 
 
-def run_engines(profile: str) -> dict[str, Any]:
+def measure_host(job: dict[str, Any]) -> dict[str, Any]:
+    """Median step of many short requests, all decoding: host time, for the device has little."""
+    engine = Engine(job)
+    engine.add(HOST_REQUESTS, HOST_TOKENS, 192)
+    times = engine.drain()
+    # The last 64 steps have every request in them.
+    steps = [b - a for a, b in itertools.pairwise(times[-65:-1])]
+    return {"step_ms": statistics.median(steps) * 1e3}
+
+
+CELLS = {
+    "engine": (
+        ("stock", "exact", "auto"),
+        ("razor", "exact", "auto"),
+        ("razor", "windowed", "auto"),
+        ("stock", "exact", "fp8"),
+        ("razor", "exact", "fp8"),
+    ),
+    "host": (("stock", "exact", "auto"), ("razor", "exact", "auto")),
+}
+"""Policy, prefill and cache type of each engine of a part."""
+
+
+def run_engines(part: str, profile: HeadProfile) -> dict[str, Any]:
     """Each policy in a process of its own."""
     found: dict[str, Any] = {}
+    layers = HOST_LAYERS if part == "host" else profile.num_layers
+    kept = replace(
+        profile,
+        num_layers=layers,
+        retrieval_heads=profile.retrieval_heads[:layers],
+        scores={name: rows[:layers] for name, rows in profile.scores.items()},
+    )
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
-        cells = [
-            ("stock", "exact", "auto"),
-            ("razor", "exact", "auto"),
-            ("razor", "windowed", "auto"),
-            ("stock", "exact", "fp8"),
-            ("razor", "exact", "fp8"),
-        ]
-        for policy, prefill, dtype in tqdm(cells, desc="engines"):
+        config = {**LLAMA_8B, "num_hidden_layers": layers}
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        heads = Path(folder) / "heads.json"
+        heads.write_text(kept.to_json(), encoding="utf-8")
+        for policy, prefill, dtype in tqdm(CELLS[part], desc=part):
             job = {
+                "part": part,
                 "policy": policy,
                 "prefill": prefill,
                 "kv_cache_dtype": dtype,
-                "profile": profile,
+                "profile": str(heads),
                 "model": folder,
             }
             env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -328,11 +370,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--parts", nargs="+", default=["correct", "kernels", "engine"])
+    parser.add_argument("--parts", nargs="+", default=["correct", "kernels", "engine", "host"])
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        print("RESULT " + json.dumps(measure_engine(json.loads(args.job))))
+        job = json.loads(args.job)
+        measure = measure_host if job["part"] == "host" else measure_engine
+        print("RESULT " + json.dumps(measure(job)))
         return
     if not args.profile or not args.output:
         parser.error("--profile and --output are needed")
@@ -354,7 +398,8 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "correct": check_correct,
         "kernels": lambda: measure_kernels(profile),
-        "engine": lambda: run_engines(str(Path(args.profile).resolve())),
+        "engine": lambda: run_engines("engine", profile),
+        "host": lambda: run_engines("host", profile),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
