@@ -47,7 +47,7 @@ bench: $(VENV)/.cpu $(RANDOM)/config.json ## held memory, residents, decode spee
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cpu_kernels --output build/cpu-kernels.json
 
 needle: $(VENV)/.cpu ## facts in a haystack under every policy, with heat-maps in build/needle
-	$(BIN)/python -m benchmarks.needle --model models/needle/weights --kinds single multi --lengths 2048 4096 \
+	$(BIN)/python -m benchmarks.needle --model models/needle/weights --kinds single multi --lengths 2048 4096 --samples 6 \
 	  --random-draws 2 --output build/needle --dtype float32 --enforce-eager \
 	  --engine-options '{"kv_cache_memory_bytes": 536870912}' $(ARGS)
 

@@ -73,6 +73,11 @@ clean_up() {
     $ENGINE volume rm --force "$NAME" >/dev/null 2>&1 || true
 }
 
+# Podman's own format, OCI, has no health check.
+case $ENGINE in
+podman*) BUILD_OPTIONS="--format docker ${BUILD_OPTIONS:-}" ;;
+esac
+
 # shellcheck disable=SC2086
 $ENGINE build ${BUILD_OPTIONS:-} --file "docker/Dockerfile.$KIND" --tag "$IMAGE" .
 clean_up

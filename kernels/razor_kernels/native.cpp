@@ -21,8 +21,6 @@
 #include <limits>
 #include <vector>
 
-#include <omp.h>
-
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -1002,11 +1000,13 @@ extern "C" int32_t razor_runs_here() {
 #endif
 }
 
-// Strides in bytes from row to row; within a row, heads follow one another.
+// Strides in bytes from row to row; within a row, heads follow one another. The number of
+// threads is the caller's: a process may hold two OpenMP libraries that disagree on it.
 extern "C" void razor_write(const Step* step, const Layer* layer, const char* key,
-                            int64_t key_stride, const char* value, int64_t value_stride) {
+                            int64_t key_stride, const char* value, int64_t value_stride,
+                            int num_threads) {
   const int64_t count = int64_t{step->num_requests} * layer->num_kv_heads;
-#pragma omp parallel for schedule(static) if (count > 1)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (count > 1)
   for (int64_t i = 0; i < count; ++i) {
     const Writer writer(*step, *layer, i / layer->num_kv_heads, i % layer->num_kv_heads);
     writer.rows(key, key_stride, value, value_stride);
@@ -1015,8 +1015,8 @@ extern "C" void razor_write(const Step* step, const Layer* layer, const char* ke
 }
 
 extern "C" void razor_attention(const Step* step, const Layer* layer, const char* query,
-                                int64_t query_stride, char* out, int64_t out_stride) {
-  const int num_threads = omp_get_max_threads();
+                                int64_t query_stride, char* out, int64_t out_stride,
+                                int num_threads) {
   const Plan plan(*step, *layer, num_threads);
   const std::vector<Task>& tasks = Plan::tasks;
   const Batch batch{*step, *layer, query, query_stride, out, out_stride};

@@ -94,7 +94,7 @@ def library() -> ctypes.CDLL:
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     arguments: list[Any] = [ctypes.POINTER(_Step), ctypes.POINTER(_Layer)]
-    arguments += [ctypes.c_void_p, ctypes.c_int64] * 2
+    arguments += [ctypes.c_void_p, ctypes.c_int64] * 2 + [ctypes.c_int]
     found.razor_write.argtypes = found.razor_attention.argtypes = arguments
     found.razor_write.restype = found.razor_attention.restype = None
     return found
@@ -148,6 +148,7 @@ class NativeForm:
             self._layer_of(heads, rule, key.shape[-1], key.dtype, 1),
             *_rows(key),
             *_rows(value),
+            torch.get_num_threads(),
         )
 
     def attention(
@@ -170,6 +171,7 @@ class NativeForm:
             self._layer_of(heads, rule, head_dim, query.dtype, group),
             *_rows(query if _has_rows(query) else query.contiguous()),
             *_rows(out),
+            torch.get_num_threads(),
         )
 
     def _step_of(self, step: Step, heads: LayerHeads) -> _Step:

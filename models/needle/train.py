@@ -72,6 +72,11 @@ STAGES = (
     Stage(512, 80, 4096, 12288, 0.9, 0.65, 3.0, rates=(0.35, 0.12)),
     Stage(2048, 20, 4096, 12288, 0.9, 0.65, 3.0, rates=(0.12, 0.06)),
     Stage(4096, 20, 4096, 12288, 0.9, 0.65, 3.0, rates=(0.06, 0.0)),
+    Stage(2048, 90, 8192, 12288, 0.9, 0.8, 3.0, rates=(0.35, 0.35)),
+    Stage(4096, 130, 8192, 12288, 0.9, 0.8, 3.0, rates=(0.35, 0.0)),
+    Stage(512, 200, 8192, 12288, 0.9, 0.8, 10.0, rates=(0.5, 0.4)),
+    Stage(2048, 80, 8192, 12288, 0.9, 0.8, 10.0, rates=(0.4, 0.25)),
+    Stage(4096, 100, 8192, 12288, 0.9, 0.8, 10.0, rates=(0.25, 0.0)),
 )
 """What the shipped weights went through. Stages from the third on were shortened on the way,
 before or in them, so that a run in one go draws the same batches at the same rates."""

@@ -52,7 +52,7 @@ def test_model_is_small_but_has_heads_to_choose_from() -> None:
 def test_codes_are_told_at_every_depth(model, tokenizer, length: int, num_facts: int) -> None:
     """Full attention, every depth: the code is what greedy decoding says.
 
-    One question of five may go wrong where there are nine facts: the card says how often.
+    Where there are nine facts one question may go wrong: three of a hundred do.
     """
     right = 0
     for index, depth in enumerate(DEPTHS):
@@ -104,7 +104,7 @@ def test_order_of_policies_is_the_papers(tmp_path: Path, trials: list[needle.Tri
 
     The probe's heads answer as the full policy does (one question of 18 is slack), and
     hold a third of its KV bytes; sinks and a window alone find what stands in the window.
-    The card says that the full policy is right in 89 % of such questions; 3 of 18 are slack.
+    The card says that the full policy is right in 97.7 % of such questions; 1 of 18 is slack.
     """
     profile = read_profile(WEIGHTS / FILE_NAME)
     assert 0 < profile.num_retrieval_heads <= profile.num_heads / 4
@@ -118,7 +118,7 @@ def test_order_of_policies_is_the_papers(tmp_path: Path, trials: list[needle.Tri
             if policy.name == "razor":
                 served["full"] = ask(model, trials, "full")
             served[policy.name] = ask(model, trials)
-    assert served["full"].accuracy >= 15 / 18
+    assert served["full"].accuracy >= 17 / 18
     razor, none = served["razor"], served["no-heads"]
     drawn = served["random-heads-0"]
     assert razor.accuracy >= served["full"].accuracy - 1 / 18
@@ -129,12 +129,16 @@ def test_order_of_policies_is_the_papers(tmp_path: Path, trials: list[needle.Tri
 
 
 def test_card_and_results_say_the_same() -> None:
-    """The figures of the model card are those of the results file beside it."""
-    scores = json.loads((WEIGHTS / "scores.json").read_text(encoding="utf-8"))
+    """The figures of the model card are those of the results files beside it."""
+    names = ("scores.json", "scores-8192.json")
+    files = [json.loads((WEIGHTS / name).read_text(encoding="utf-8")) for name in names]
     card = (WEIGHTS / "README.md").read_text(encoding="utf-8")
-    for kind, accuracies in scores["policies"]["full"]["accuracy"].items():
-        row = " | ".join(f"{share:.1%}" for share in accuracies["by_length"].values())
+    for kind in ("single", "multi", "chat"):
+        found = [file["policies"]["full"]["accuracy"][kind] for file in files]
+        shares = [share for accuracy in found for share in accuracy["by_length"].values()]
+        row = " | ".join(f"{share:.1%}" for share in shares)
         assert f"| {kind} | {row} |" in card
+    assert all(file["command"] in card for file in files)
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,16 @@ def serve(model: Path, *options: str, out: int | IO[str] = PIPE) -> subprocess.P
     return subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, text=True)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def server(model_dir: Path, tmp_path_factory) -> Iterator[tuple[str, Path]]:
     """URL of a running server, and its log."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("server") / "log"
     options = ["--port", str(port), "--served-model-name", NAME, "--dtype", "float32"]
     options += ["--razor-window", "64", "--razor-prefill", "windowed", "--enforce-eager"]
@@ -135,7 +139,7 @@ def test_a_cancelled_stream_leaves_the_server_well(client: openai.OpenAI) -> Non
 )
 def test_bad_options_stop_the_command(model_dir: Path, options, message: str) -> None:
     """`razor serve` ends with an error that names what is accepted."""
-    process = serve(model_dir, *options)
+    process = serve(model_dir, "--port", str(free_port()), *options)
     output, _ = process.communicate(timeout=200)
     assert process.returncode != 0
     assert message in output
