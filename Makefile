@@ -52,7 +52,7 @@ needle: $(VENV)/.cpu ## facts in a haystack under every policy, with heat-maps i
 	  --engine-options '{"kv_cache_memory_bytes": 536870912}' $(ARGS)
 
 load: $(VENV)/.cpu $(VENV)/.test ## the same load under full and under razor: a report in build/load
-	$(BIN)/python -m benchmarks.load models/needle/weights --output build/load $(ARGS)
+	$(BIN)/python -m benchmarks.load models/needle/weights --razor-window 256 --output build/load $(ARGS)
 
 gpu-check: ## on a CUDA machine: correctness, kernel speed and the engine's slopes; PROFILE=head profile of an 8B Llama
 	$(PYTHON) -m benchmarks.gpu_check --profile $(PROFILE) --output benchmarks/results/gpu-check.json $(ARGS)
