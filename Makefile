@@ -49,7 +49,7 @@ bench: $(VENV)/.cpu $(RANDOM)/config.json ## held memory, residents, decode spee
 needle: $(VENV)/.cpu ## facts in a haystack under every policy, with heat-maps in build/needle
 	$(BIN)/python -m benchmarks.needle --model models/needle/weights --kinds single multi --lengths 2048 4096 --samples 6 \
 	  --random-draws 2 --output build/needle --dtype float32 --enforce-eager \
-	  --engine-options '{"kv_cache_memory_bytes": 536870912}' $(ARGS)
+	  --engine-options '{"kv_cache_memory_bytes": 536870912, "max_num_batched_tokens": 512}' $(ARGS)
 
 load: $(VENV)/.cpu $(VENV)/.test ## the same load under full and under razor: a report in build/load
 	$(BIN)/python -m benchmarks.load models/needle/weights --razor-window 256 --output build/load $(ARGS)

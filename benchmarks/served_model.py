@@ -92,6 +92,8 @@ class EngineModel:
         pools = {tensor.offset: tensor.size for tensor in config.kv_cache_tensors}
         block_bytes = sum(pools.values()) // config.num_blocks
         held = []
+        # The chat was asked before; a cached prompt would hide what reading it holds.
+        self.llm.reset_prefix_cache()
         # An answer of one token would be gone before anyone could look.
         self._submit(chat, max_tokens, policy, ignore_eos=True)
         while self.llm.llm_engine.has_unfinished_requests():
