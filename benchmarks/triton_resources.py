@@ -78,13 +78,18 @@ PAIRS = (
     ("fp32", "fp8"),
 )
 MODELS = (
-    *(Model(*pair, dim, 4) for pair in PAIRS for dim in (64, 96, 128, 256)),
+    *(
+        Model(*pair, dim, 4)
+        for pair in PAIRS
+        for dim in (64, 96, 128, 256)
+        if (*pair, dim) != ("fp32", "fp8", 256)  # refused
+    ),
     *(Model("bf16", "bf16", 128, group) for group in (1, 7, 8, 16)),
     *(Model("bf16", stored, 128, 8, 4) for stored in ("bf16", "fp8")),
     *(Model("bf16", stored, 256, 16, 2) for stored in ("bf16", "fp8")),
     Model("bf16", "bf16", 128, 8, 8),
     Model("fp32", "fp32", 128, 8, 4),
-    Model("fp32", "bf16", 128, 4),
+    *(Model("fp32", stored, dim, 4) for stored in ("bf16", "fp16") for dim in (64, 128)),
     Model("fp32", "fp32", 64, 1),
     Model("bf16", "bf16", 80, 7, soft_cap=50.0),
     Model("bf16", "fp8", 256, 2, soft_cap=50.0),
@@ -140,7 +145,7 @@ def _usage(kernel: Any, seconds: float) -> Usage:
 
 
 class Compiler:
-    """Stands in for launches on a device that is not here: for the whole process, from then on.
+    """Stands in for launches on a device that is not here, until `end`.
 
     found: what is launched, by the hash of what was compiled.
     """
@@ -150,7 +155,7 @@ class Compiler:
         self.kernels = kernels
         driver: Any = _Driver(capability)
         triton.runtime.driver.set_active(driver)
-        run = JITFunction.run
+        self.run = run = JITFunction.run
 
         def compile_only(function: Any, *args: Any, **options: Any) -> None:
             if self.kernels and function.__name__ not in self.kernels:
@@ -162,6 +167,10 @@ class Compiler:
                 self.found[kernel.hash] = _usage(kernel, seconds)
 
         setattr(JITFunction, "run", compile_only)  # noqa: B010 - mypy knows it as a method
+
+    def end(self) -> None:
+        """Launches are launches again; the driver stays the stand-in."""
+        setattr(JITFunction, "run", self.run)  # noqa: B010
 
 
 def _children() -> float:
@@ -224,13 +233,16 @@ def launch(model: Model, capability: int) -> None:
 def measure(
     models: list[Model], capability: int, kernels: tuple[str, ...] = ()
 ) -> Iterator[tuple[Model, Usage]]:
-    """Each launch's use, once; a process compiles for one capability."""
+    """Each launch's use, once."""
     compiler = Compiler(capability, kernels)
-    for model in models:
-        before = len(compiler.found)
-        launch(model, capability)
-        for usage in itertools.islice(compiler.found.values(), before, None):
-            yield model, usage
+    try:
+        for model in models:
+            before = len(compiler.found)
+            launch(model, capability)
+            for usage in itertools.islice(compiler.found.values(), before, None):
+                yield model, usage
+    finally:
+        compiler.end()
 
 
 def main() -> None:

@@ -1000,8 +1000,7 @@ extern "C" int32_t razor_runs_here() {
 #endif
 }
 
-// Strides in bytes from row to row; within a row, heads follow one another. The number of
-// threads is the caller's: a process may hold two OpenMP libraries that disagree on it.
+// Strides in bytes from row to row; within a row, heads follow one another.
 extern "C" void razor_write(const Step* step, const Layer* layer, const char* key,
                             int64_t key_stride, const char* value, int64_t value_stride,
                             int num_threads) {

@@ -435,6 +435,8 @@ def decode(
     v_scale: float,
     compensation: bool,
     max_units: int,
+    num_warps: int,
+    num_stages: int,
 ) -> None:
     """Attention of the requests that have at most `plan.MAX_QUERIES` queries.
 
@@ -455,8 +457,8 @@ def decode(
         logits,
         BLOCK_M=max(16, triton.next_power_of_2(rows)),
         BLOCK_D=block_d,
-        num_warps=4,
-        num_stages=3,
+        num_warps=num_warps,
+        num_stages=num_stages,
     )
     _merge_kernel[(num_requests, num_kv_heads, rows)](
         query,

@@ -63,7 +63,9 @@ class PrefillTile(NamedTuple):
     num_stages: int
 
 
-def prefill_tile(head_dim: int, dtype: torch.dtype, capability: int) -> PrefillTile:
+def prefill_tile(
+    head_dim: int, dtype: torch.dtype, stored: torch.dtype, capability: int
+) -> PrefillTile:
     """Tile of the prefill; chosen so that nothing spills (`benchmarks.triton_resources`).
 
     Speed was not measured. An accumulator of 128 x 128 fp32 is 64 registers a thread of 256, K
@@ -78,20 +80,36 @@ def prefill_tile(head_dim: int, dtype: torch.dtype, capability: int) -> PrefillT
     if capability < 90:
         if wide < 128:
             return PrefillTile(128, 32, 8, 2)
-        return PrefillTile(128, 16, 8, 2) if wide < 256 else PrefillTile(32, 16, 8, 2)
+        # fp8 is converted by hand there: 32 x 16 in two stages spill 16 bytes at 256.
+        stages = 1 if wide == 256 and stored == torch.float8_e4m3fn else 2
+        return PrefillTile(128, 16, 8, 2) if wide < 256 else PrefillTile(32, 16, 8, stages)
     if wide < 128:
         return PrefillTile(128, 64, 4, 3)
     return PrefillTile(128, 64 if wide < 256 else 32, 8, 2)
 
 
-def decode_block_n(head_dim: int, stored: torch.dtype, rows: int) -> int:
-    """Keys of a tile of the decode, which has `rows` queries times group.
+class DecodeTile(NamedTuple):
+    """Keys of a tile, and how it is run."""
 
-    fp8 is converted in registers, and more rows take more of them: half as many keys.
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_tile(head_dim: int, dtype: torch.dtype, stored: torch.dtype, rows: int) -> DecodeTile:
+    """Tile of the decode, which has `rows` queries times group; chosen so that nothing spills.
+
+    A cache that is converted in registers, and more rows, take more of them: half as many keys.
+    Dots of fp32 run without tensor cores and hold both operands in registers: on sm_80, at
+    head_dim 128, 32 rows in three stages spill 24 bytes, and a cache that is converted 192.
     """
-    halved = stored == torch.float8_e4m3fn or rows > 16
+    is_fp32 = dtype == torch.float32
+    converted = stored == torch.float8_e4m3fn or (is_fp32 and stored != dtype)
+    halved = converted or rows > 16
     most = _DECODE_TILE_BYTES // 2 if halved else _DECODE_TILE_BYTES
-    return min(128, max(16, most // (2 * triton.next_power_of_2(head_dim) * stored.itemsize)))
+    itemsize = dtype.itemsize if is_fp32 else stored.itemsize
+    keys = min(128, max(16, most // (2 * triton.next_power_of_2(head_dim) * itemsize)))
+    return DecodeTile(keys, 8, 2) if is_fp32 and halved else DecodeTile(keys, 4, 3)
 
 
 class TritonForm:
@@ -132,14 +150,21 @@ class TritonForm:
                 f"head_dim {layout.head_dim} with {group} query heads a KV head: the Triton "
                 "kernels cover multiples of 16 up to 256, and 1 to 16 query heads"
             )
+        if dtype == torch.float32 and layout.dtype != dtype and layout.head_dim > 128:
+            raise NotImplementedError(
+                f"head_dim {layout.head_dim} of fp32 over a cache of {layout.dtype}: the Triton "
+                "kernels cover it up to 128, for no tile of it fits the registers; serve in "
+                "bf16 or fp16"
+            )
         self.traits = traits or Device.of(device)
         self.group, self.num_kv_heads, self.max_requests = group, num_kv_heads, max_requests
         self.max_queries = max_queries if max_queries * group <= MAX_DECODE_ROWS else 1
         self._shapes = (_pool_shape(layouts[0], None), _pool_shape(layouts[1], window))
         capability = self.traits.capability
-        self._tile = prefill_tile(layout.head_dim, dtype, capability)
-        block_n = decode_block_n(layout.head_dim, layout.dtype, self.max_queries * group)
-        self._plan = self._allocate_plan(device, block_n)
+        self._tile = prefill_tile(layout.head_dim, dtype, layout.dtype, capability)
+        rows = self.max_queries * group
+        self._decode_tile = decode_tile(layout.head_dim, dtype, layout.dtype, rows)
+        self._plan = self._allocate_plan(device, self._decode_tile.block_n)
         self._partials = self._allocate_partials(device, layout.head_dim)
 
     def max_units(self, num_requests: int) -> int:
@@ -245,6 +270,8 @@ class TritonForm:
             rule.v_scale,
             rule.compensation,
             self.max_units(len(step.seq_lens)),
+            self._decode_tile.num_warps,
+            self._decode_tile.num_stages,
         )
         if step.max_query_len > self.max_queries:
             triton_prefill.prefill(

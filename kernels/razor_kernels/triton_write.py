@@ -187,7 +187,9 @@ def write(
     block_d = triton.next_power_of_2(head_dim)
     rows = triton.next_power_of_2(local.BLOCK_SIZE.value) if local else 16
     cache = local.cache_ptr if local else None
-    halved = cache is not None and cache.dtype in (torch.uint8, torch.float32)
+    # Conversion, wide elements and lanes beyond the head take registers.
+    narrow = cache is not None and cache.dtype in (torch.uint8, torch.float32)
+    halved = narrow or block_d != head_dim
     tile = _TILE // 2 if halved else _TILE
     widest = min(block_d, max(16, tile // rows))
     block_s = widest if max_query_len <= _FEW_TOKENS else 16

@@ -87,13 +87,17 @@ def test_killed_engine_loses_no_request(cluster: Cluster) -> None:
     interrupted ones by one retry of their client; then a new engine takes its place."""
     engines = cluster.engines()
     client = cluster.client(retries=1)
+    # Long enough that at any moment some are running in either engine.
+    tokens = 4 * TOKENS
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        requests = [pool.submit(ask, client, prompt_of(2000 + number)) for number in range(48)]
+        requests = [
+            pool.submit(ask, client, prompt_of(2000 + number), tokens) for number in range(48)
+        ]
         wait_for(lambda: sum(request.done() for request in requests) >= 12, "12 answers", 120)
         victim = sorted(engines)[0]
         os.kill(engines[victim], signal.SIGKILL)
         answers = [request.result(120) for request in requests]
-    assert [answer.tokens for answer in answers] == [TOKENS] * 48
+    assert [answer.tokens for answer in answers] == [tokens] * 48
     assert max(answer.retries for answer in answers) == 1
     replaced = wait_for(
         lambda: now if len(now := cluster.engines()) == 2 and victim not in now else None,
