@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import triton_resources
+
 ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "benchmarks" / "results" / "triton-resources.json"
 
 CORNERS = {
     80: ["bf16-d128-g4", "bf16/fp8-d128-g4", "bf16-d80-g7-cap"],
@@ -16,7 +19,7 @@ CORNERS = {
     100: ["bf16-d256-g4", "bf16/fp8-d128-g4", "fp32-d64-g1"],
 }
 """Models that between them use each type and each way to make logits on each device; the
-whole table is `python -m benchmarks.triton_resources`."""
+whole table, `python -m benchmarks.triton_resources`, takes too long for every run."""
 
 LAUNCHES = {"_plan_kernel", "_write_kernel", "_decode_kernel", "_merge_kernel", "_prefill_kernel"}
 
@@ -42,6 +45,18 @@ def test_every_launch_compiles_and_fits(capability: int, tmp_path: Path) -> None
     assert all(0 < row["registers"] <= 255 for row in rows)
     assert [row for row in rows if not row["fits"]] == []
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_committed_table_is_of_these_kernels() -> None:
+    """Every launch for every device was compiled from today's sources, and none spills.
+
+    After a change: `python -m benchmarks.triton_resources --output FILE`, some 20 minutes.
+    """
+    table = json.loads(TABLE.read_text())
+    assert table["sources"] == triton_resources.sources_digest()
+    wanted = {(c, m.name) for c in triton_resources.CAPABILITIES for m in triton_resources.MODELS}
+    assert {(row["capability"], row["model"]) for row in table["rows"]} == wanted
+    assert all(row["fits"] for row in table["rows"])
 
 
 def test_a_spill_fails_the_table(tmp_path: Path) -> None:
