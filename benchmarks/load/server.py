@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,8 +52,10 @@ def serving(
     """A server of its own processes, ended with SIGTERM.
 
     Raises:
-        RuntimeError: it does not start, or does not end; with the end of its log.
+        RuntimeError: its port is taken; or it does not start, or does not end, with the end
+            of its log.
     """
+    refuse_taken(port)
     env = dict(os.environ)
     env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would overrule --kv-cache-memory-bytes
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # the engine has a process of its own
@@ -72,6 +75,20 @@ def serving(
             yield server._replace(model=first_model(server.url))
         finally:
             stop(process, log)
+
+
+def refuse_taken(port: int) -> None:
+    """Two of vLLM's servers can listen on one port: another one's answers would be measured.
+
+    Raises:
+        RuntimeError: something listens there.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise RuntimeError(f"port {port} is taken ({error}); --port N takes another") from None
 
 
 def wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import base64
 import json
+import socket
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -23,7 +24,7 @@ from benchmarks.load.charts import CHARTS, svg
 from benchmarks.load.page import page, text_table
 from benchmarks.load.run import Measured
 from benchmarks.load.sampler import Sample
-from benchmarks.load.server import POLICIES, command
+from benchmarks.load.server import POLICIES, command, refuse_taken
 from benchmarks.load.streaming import Record
 from benchmarks.load.workload import Workload
 
@@ -177,3 +178,14 @@ def test_options_become_the_workload() -> None:
         workload_of(args)
     assert workload_of(argparse.Namespace(**{**vars(args), "users": 12, "turns": [1, 3],
                                              "cancel_share": 0.0})) == Workload()  # fmt: skip
+
+
+def test_a_taken_port_is_refused() -> None:
+    """Two servers can share a port: the figures would be of both."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(RuntimeError, match=f"port {port} is taken"):
+            refuse_taken(port)
+    refuse_taken(port)
