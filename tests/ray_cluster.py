@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import openai
 import psutil
 import yaml
+from servers import free_port
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -27,13 +28,6 @@ START_SECONDS = 480
 COUNTER = re.compile(
     r'^ray_serve_deployment_request_counter_total\{.*"LLMServer:.*replica="(\w+)".*\} (\S+)$', re.M
 )
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((LOCAL, 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(reached: Callable[[], Any], what: str, seconds: float = START_SECONDS) -> Any:

@@ -18,6 +18,13 @@ SMALL = ["--served-model-name", MODEL, "--enforce-eager", "--max-model-len", "40
 SMALL += ["--razor-window", "64", "--kv-cache-memory-bytes", str(64 * 1024**2)]
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Server:
     """A `razor serve` of the bundled model.
 
@@ -26,9 +33,7 @@ class Server:
     """
 
     def __init__(self, model: Path, folder: Path, *options: str, key: str | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.key = key
         self.log = folder / f"server-{self.port}.log"

@@ -1,10 +1,10 @@
 """What a soak must find, each shown by a run that breaks it; and a short real one."""
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from servers import free_port
 
 from benchmarks.load import soak
 from benchmarks.load.run import Measured
@@ -158,10 +158,7 @@ def test_short_soak(model_dir: Path, tmp_path: Path) -> None:
 
     Its memory still grows while each step is of a new size: only a gross leak shows.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    own = ["--output", str(tmp_path), "--port", str(port), "--users", "12"]
+    own = ["--output", str(tmp_path), "--port", str(free_port()), "--users", "12"]
     own += ["--minutes", "0.66", "--laps", "2", "--growth-mib", "200"]
     args, options = parse([str(model_dir), *own, "--enforce-eager", "--razor-window", "256"])
     results = soak.soak(args, soak.workload_of(args), options)

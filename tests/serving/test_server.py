@@ -1,7 +1,6 @@
 """The server as a person meets it: the official client against `razor serve`."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import IO
 
 import openai
 import pytest
+from servers import free_port
 
 pytestmark = pytest.mark.engine
 
@@ -25,12 +25,6 @@ def serve(model: Path, *options: str, out: int | IO[str] = PIPE) -> subprocess.P
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     command = [sys.executable, "-m", "razor_serving.cli", "serve", str(model), *options]
     return subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, text=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
