@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from razor_kernels.scores import COPIES
-from razor_vllm.calibrate import ATTENTION, Layer, Probe, probe_ids, run_probe
+from razor_vllm.heads.calibrate import ATTENTION, Layer, Probe, probe_ids, run_probe
 
 
 class Round(NamedTuple):

@@ -23,7 +23,7 @@ from benchmarks.residency import device
 from razor_kernels import DENSE_FOREVER, PageLayout
 from razor_kernels.native import NativeForm
 from razor_kernels.paged import PagedForm
-from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Rule, Step
+from razor_kernels.step import AttentionParams, LayerHeads, PoolPages, PoolTables, Step
 
 NUM_KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
 SCALE = HEAD_DIM**-0.5
@@ -87,7 +87,6 @@ def razor_call(form: Any, load: Load, numbers: Numbers) -> Callable[[], torch.Te
     layout = PageLayout(RAZOR_BLOCK, HEAD_DIM, dtype, has_tail=False)
     cache = torch.zeros(table.numel(), NUM_KV_HEADS, RAZOR_BLOCK, 2 * HEAD_DIM, dtype=dtype)
     heads = LayerHeads(
-        (PoolPages(cache, layout, None), None),
         torch.zeros(NUM_KV_HEADS, dtype=torch.int32),
         torch.arange(NUM_KV_HEADS, dtype=torch.int32),
     )
@@ -101,13 +100,14 @@ def razor_call(form: Any, load: Load, numbers: Numbers) -> Callable[[], torch.Te
         dense_until=until,
         max_query_len=load.queries,
         tables=(PoolTables(table, queries), None),
+        pools=(PoolPages(cache, layout, None), None),
     )
-    rule = Rule(SCALE)
+    params = AttentionParams(SCALE)
     q = numbers.q.view(-1, NUM_KV_HEADS, GROUP, HEAD_DIM)
     out = torch.empty_like(q)
 
     def call() -> torch.Tensor:
-        form.attention(q, heads, step, rule, out)
+        form.attention(q, heads, step, params, out)
         return out.flatten(1, 2)
 
     return call

@@ -40,7 +40,7 @@ from benchmarks.served_model import (
     set_environment,
 )
 from models.needle.language import FACT_WORDS, draw_facts, haystack, render
-from razor_vllm.profile import locate_profile, read_profile
+from razor_vllm.heads.profile import locate_profile, read_profile
 
 Distribution = Mapping[int | str, float]
 """Token to log-probability, of one position."""

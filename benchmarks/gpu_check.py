@@ -33,9 +33,9 @@ import torch
 from tqdm import tqdm
 
 from razor_kernels import PageLayout, Window
-from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Rule, Step
+from razor_kernels.step import AttentionParams, LayerHeads, PoolPages, PoolTables, Step
 from razor_kernels.triton_form import TritonForm
-from razor_vllm.profile import HeadProfile, read_profile
+from razor_vllm.heads.profile import HeadProfile, read_profile
 
 GROUP = 4
 SINKS, WINDOW = 4, 4096
@@ -129,6 +129,7 @@ def razor_model(profile: HeadProfile, requests: int, length: int) -> Model:
         dense_until=torch.zeros(requests, dtype=torch.int32, device="cuda"),
         max_query_len=1,
         tables=(tables[0], tables[1]),
+        pools=(pools[0], pools[1]),
     )
     form = TritonForm(
         torch.device("cuda"),
@@ -140,13 +141,13 @@ def razor_model(profile: HeadProfile, requests: int, length: int) -> Model:
         dtype,
     )
     query = torch.randn(requests, num_heads, GROUP, head_dim, device="cuda", dtype=dtype)
-    out, rule = torch.empty_like(query), Rule(head_dim**-0.5)
-    layers = [_layer_heads((pools[0], pools[1]), row) for row in _rows(profile)]
+    out, params = torch.empty_like(query), AttentionParams(head_dim**-0.5)
+    layers = [_layer_heads(row) for row in _rows(profile)]
 
     def call() -> None:
         form.plan(step)
         for heads in layers:
-            form.attention(query, heads, step, rule, out)
+            form.attention(query, heads, step, params, out)
 
     row_bytes = 2 * head_dim * dtype.itemsize
     retrieval = sum(len(row) for row in profile.retrieval_heads)
@@ -166,9 +167,9 @@ def _rows(profile: HeadProfile) -> list[torch.Tensor]:
     return rows
 
 
-def _layer_heads(pools: tuple[PoolPages, PoolPages], pool_of: torch.Tensor) -> LayerHeads:
+def _layer_heads(pool_of: torch.Tensor) -> LayerHeads:
     slots = torch.arange(len(pool_of), dtype=torch.int32, device="cuda")
-    return LayerHeads(pools, pool_of, slots)
+    return LayerHeads(pool_of, slots)
 
 
 def flash_model(profile: HeadProfile, requests: int, length: int) -> Model:

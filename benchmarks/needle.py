@@ -34,7 +34,7 @@ from tqdm import tqdm
 from benchmarks.heatmap import draw_heatmap
 from benchmarks.served_model import Chat, EngineModel, ServedModel, ServerModel, open_engine
 from models.needle.language import Fact, draw_facts, haystack, render
-from razor_vllm.profile import HeadProfile, locate_profile, read_profile
+from razor_vllm.heads.profile import HeadProfile, locate_profile, read_profile
 
 Kind = Literal["single", "multi", "chat"]
 Heads = Literal["profile", "random", "none"]

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from razor_kernels import PageLayout, Window, triton_form
-from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Rule, Step
+from razor_kernels.step import AttentionParams, LayerHeads, PoolPages, PoolTables, Step
 from razor_kernels.triton_form import Device, TritonForm
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -225,16 +226,16 @@ def launch(model: Model, capability: int) -> None:
     caches = [torch.zeros(4, 8, x.rows, 2 * x.head_dim, dtype=stored) for x in layouts]
     pools = (PoolPages(caches[0], layouts[0], None), PoolPages(caches[1], layouts[1], window))
     index = torch.arange(NUM_KV_HEADS, dtype=torch.int32)
-    heads = LayerHeads(pools, index % 2, index // 2)
+    heads = LayerHeads(index % 2, index // 2)
     slopes = torch.ones(NUM_KV_HEADS * model.group) if model.alibi else None
-    rule = Rule(model.head_dim**-0.5, model.soft_cap, slopes, 0.5, 0.5)
+    params = AttentionParams(model.head_dim**-0.5, model.soft_cap, slopes, 0.5, 0.5)
     for num_queries in (1, 64):
-        step = _step((1000, num_queries))
+        step = replace(_step((1000, num_queries)), pools=pools)
         rows = torch.zeros(2 * num_queries, NUM_KV_HEADS, model.group + 2, model.head_dim)
         query, key, value = rows.to(dtype).split([model.group, 1, 1], dim=2)
         form.plan(step)
-        form.write(key.squeeze(2), value.squeeze(2), heads, step, rule)
-        form.attention(query, heads, step, rule, torch.zeros_like(query))
+        form.write(key.squeeze(2), value.squeeze(2), heads, step, params)
+        form.attention(query, heads, step, params, torch.zeros_like(query))
 
 
 def measure(

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from razor_vllm.profile import FILE_NAME, HeadProfile
+from razor_vllm.heads.profile import FILE_NAME, HeadProfile
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 4, 8, 4, 32
 MAX_POSITIONS = 32768

@@ -3,7 +3,8 @@
 vLLM calls `register` in every process it starts (entry point
 `vllm.general_plugins`). It adds the command-line flags and stands by; nothing else
 of vLLM is touched until an engine asks for the policy with `--kv-policy razor` or
-`additional_config={"razor": {...}}`.
+`additional_config={"razor": {...}}`. With a vLLM that the plugin is not tested with it
+stands aside.
 """
 
 __version__ = "0.1.0"
@@ -11,6 +12,6 @@ __version__ = "0.1.0"
 
 def register() -> None:
     """Entry point of `vllm.general_plugins`; may be called more than once."""
-    from razor_vllm import compat
+    from razor_vllm import guard
 
-    compat.install()
+    guard.install()

@@ -7,7 +7,6 @@ vLLM hands a layer the metadata of the pool that it shares (see `pools`); the ot
 pool's metadata and cache are read from the forward context by the pool's name.
 """
 
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -33,20 +32,20 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from razor_kernels import DENSE_FOREVER
 from razor_kernels.forms import Form
-from razor_kernels.step import LayerHeads, PoolTables, Rule, Step
+from razor_kernels.step import AttentionParams, LayerHeads, PoolTables, Step
+from razor_vllm import compat
 from razor_vllm.plan import LOCAL_POOL, RETRIEVAL_POOL
-from razor_vllm.pools import attach, attachment_of
+from razor_vllm.policy import step_dense_until
+from razor_vllm.pools import Attachment, attach, attachment_of
 from razor_vllm.specs import LocalSpec
-
-step_dense_until: ContextVar[tuple[int, ...]] = ContextVar("razor_dense_until", default=())
-"""`dense_until` of each request of the step being prepared, in batch order."""
 
 
 @dataclass
 class RazorMetadata(AttentionMetadata):
     """One pool's part of a step.
 
-    batch: a step with this pool's tables alone. step: of both pools, once it is joined.
+    batch: a step with this pool's tables alone. step: of both pools with their pages, once a
+        layer has asked for it.
     """
 
     batch: Step
@@ -54,10 +53,10 @@ class RazorMetadata(AttentionMetadata):
 
 
 class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
-    """Takes down a step for one pool; all layers share it.
+    """Makes a step's metadata for one pool; all layers share it.
 
     A CUDA graph may hold a whole decode, drafted tokens included: grids are fixed, and what
-    a step changes lies in buffers that stay.
+    a step changes lies in buffers that stay: the runner's own, never copies of them.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
@@ -71,7 +70,9 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.is_local = isinstance(kv_cache_spec, LocalSpec)
-        self.form = attachment_of(vllm_config).form(vllm_config)
+        attached = attachment_of(vllm_config)
+        _check_block_size(kv_cache_spec, attached)
+        self.form = attached.form
         # What a plan reads is the same in both pools: the model's first one plans.
         context = vllm_config.compilation_config.static_forward_context
         self.plans = not self.is_local or RETRIEVAL_POOL not in context
@@ -86,13 +87,15 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> RazorMetadata:
-        """Take down a step. Each request's `dense_until` comes from the model runner."""
+        """Metadata of a step. Each request's `dense_until` comes from the model runner."""
         common = common_attn_metadata
-        mapping = common.slot_mapping[: common.num_actual_tokens].long()
-        tables = PoolTables(common.block_table_tensor.int(), mapping)
+        tables = PoolTables(
+            _own(common.block_table_tensor, torch.int32, "block_table_tensor"),
+            _own(common.slot_mapping, torch.int64, "slot_mapping")[: common.num_actual_tokens],
+        )
         batch = Step(
-            query_start_loc=common.query_start_loc.int(),
-            seq_lens=common.seq_lens.int(),
+            query_start_loc=_own(common.query_start_loc, torch.int32, "query_start_loc"),
+            seq_lens=_own(common.seq_lens, torch.int32, "seq_lens"),
             dense_until=self._dense_until(common.num_reqs),
             max_query_len=common.max_query_len,
             tables=(None, tables) if self.is_local else (tables, None),
@@ -111,24 +114,47 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
         return self.dense_until[:num_requests]
 
 
-def step_of(all_metadata: dict[str, RazorMetadata]) -> Step:
-    """The step of both pools; made by the first layer that asks."""
+def _own(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A tensor of the runner's as it is: converted, a CUDA graph would read a copy for ever."""
+    assert tensor.dtype == dtype, f"razor: {name} is {tensor.dtype}, expected {dtype}"
+    return tensor
+
+
+def _check_block_size(kv_cache_spec: AttentionSpec, attached: Attachment) -> None:
+    """Refuse to serve from pages of another size than the plan's.
+
+    Raises:
+        RuntimeError: with the size allocated and the plan's.
+    """
+    blocks = attached.plan.blocks
+    expected = blocks.local if isinstance(kv_cache_spec, LocalSpec) else blocks.retrieval
+    if kv_cache_spec.block_size != expected:
+        raise RuntimeError(
+            f"razor: expected pages of {expected} tokens for a {type(kv_cache_spec).__name__}, "
+            f"found {kv_cache_spec.block_size}"
+        )
+
+
+def step_of(all_metadata: dict[str, RazorMetadata], attached: Attachment) -> Step:
+    """The step of both pools, with the pages they have now; made by the first layer that asks."""
     parts = [all_metadata.get(name) for name in (RETRIEVAL_POOL, LOCAL_POOL)]
     first = next(part for part in parts if part is not None)
     if first.step is None:
         retrieval, local = (
             None if part is None else part.batch.tables[i] for i, part in enumerate(parts)
         )
-        first.step = replace(first.batch, tables=(retrieval, local))
+        pages = tuple(None if pool is None else pool.pages() for pool in attached.pools)
+        first.step = replace(first.batch, tables=(retrieval, local), pools=(pages[0], pages[1]))
     return first.step
 
 
 class _Layer(NamedTuple):
-    """What stays as it is from step to step."""
+    """What stays as it is from step to step; no memory of a pool's."""
 
+    attached: Attachment
     form: Form
     heads: LayerHeads
-    rule: Rule
+    params: AttentionParams
 
 
 class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
@@ -163,6 +189,7 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM's hook after loading: the first layer that gets it attaches the pools."""
+        compat.install_worker_patches(self.vllm_config.use_v2_model_runner)
         attach(self.vllm_config)
 
     def forward(
@@ -189,21 +216,21 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
             raise NotImplementedError("razor: fused output quantization is not covered")
         if attn_metadata is None:
             return output.zero_()
-        fixed = self.layer or self._settle(layer)
+        fixed = self.layer or self._first_step(layer)
         all_metadata: Any = get_forward_context().attn_metadata
-        step = step_of(all_metadata)
+        step = step_of(all_metadata, fixed.attached)
         form = fixed.form
-        form.write(key, value, fixed.heads, step, fixed.rule)
+        form.write(key, value, fixed.heads, step, fixed.params)
         shape = (-1, self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_size)
-        form.attention(query.view(shape), fixed.heads, step, fixed.rule, output.view(shape))
+        form.attention(query.view(shape), fixed.heads, step, fixed.params, output.view(shape))
         return output
 
-    def _settle(self, layer: AttentionLayer) -> _Layer:
-        """At a layer's first step, when pages are allocated and scales are loaded."""
+    def _first_step(self, layer: AttentionLayer) -> _Layer:
+        """At a layer's first step: the plan is settled, and scales are loaded."""
         attached = attachment_of(self.vllm_config)
         name = cast(Attention, layer).layer_name
         slopes = self.alibi_slopes
-        rule = Rule(
+        params = AttentionParams(
             scale=self.scale,
             soft_cap=self.logits_soft_cap or 0.0,
             alibi_slopes=(
@@ -215,8 +242,8 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
             v_scale=layer._v_scale_float,
             compensation=attached.config.compensation,
         )
-        heads = attached.layer_heads(self.vllm_config, name)
-        self.layer = _Layer(attached.form(self.vllm_config), heads, rule)
+        heads = attached.layer_heads(name)
+        self.layer = _Layer(attached, attached.form, heads, params)
         return self.layer
 
 

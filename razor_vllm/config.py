@@ -1,15 +1,24 @@
-"""The one configuration behind the flags and `additional_config["razor"]`."""
+"""The one configuration behind the flags and `additional_config["razor"]`.
+
+It travels in vLLM's `additional_config`, which every process of an engine gets, and with it
+the head profile by value: after start-up no process reads the file again.
+"""
 
 import math
 import os
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
+
+from razor_vllm.heads.profile import HeadProfile
 
 KVPolicy = Literal["full", "razor"]
 PrefillMode = Literal["exact", "windowed"]
 
 CONFIG_KEY = "razor"
 """Key of vLLM's `additional_config` that holds these options."""
+
+PROFILE_KEY = "razor_profile"
+"""Key that holds the contents of the head profile, as `HeadProfile.to_dict` has them."""
 
 
 def _whole(name: str, value: object) -> None:
@@ -24,6 +33,11 @@ def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"razor: {name} is {value!r}; accepted are {', '.join(accepted)}")
 
 
+def _help(sentence: str, flag: bool = True) -> dict[str, Any]:
+    """What the command line says of an option, and whether it has it."""
+    return {"help": sentence, "flag": flag}
+
+
 @dataclass(frozen=True)
 class RazorConfig:
     """Options of the policy, checked when built.
@@ -32,25 +46,56 @@ class RazorConfig:
         ValueError: an option outside what is accepted.
     """
 
-    policy: KVPolicy = "razor"
-    """full: vLLM as it is. razor: local heads keep sinks, a window and one slot."""
-    head_profile: str | None = None
-    """Path of the head profile; by default `razor_profile.json` beside the weights."""
-    window: int = 4096
-    """Latest tokens that a local head sees as written; where it is not given, shorter
-    models get their own length."""
-    window_ratio: float = 0.0
-    """A query at position t has window max(window, ceil(t * ratio)); the paper: 0.2."""
-    sinks: int = 4
-    """First tokens that a local head keeps for ever."""
-    prefill: PrefillMode = "exact"
-    """exact: the prompt is attended densely. windowed: local heads window it too."""
-    calibrate: bool = False
-    """Whether to find the heads first where no profile is found."""
-    compensation: bool = True
-    """Whether dropped tokens leave a compensation slot; off only to measure it."""
-    allow_no_retrieval_heads: bool = False
-    """Whether a profile may name no retrieval head; on only to measure that."""
+    policy: KVPolicy = field(
+        default="razor",
+        metadata=_help(
+            "full: vLLM as it is. razor: retrieval heads keep the whole KV cache, local heads keep "
+            "sinks, a window and one compensation slot"
+        ),
+    )
+    head_profile: str | None = field(
+        default=None,
+        metadata=_help(
+            "head profile of the model (default: razor_profile.json beside its weights, or in the "
+            "user's cache)"
+        ),
+    )
+    window: int = field(
+        default=4096,
+        metadata=_help(
+            "latest tokens that a local head sees as written (default: 4096, or the model's length)"
+        ),
+    )
+    window_ratio: float = field(
+        default=0.0,
+        metadata=_help(
+            "window of at least this share of a token's position (default: 0; the paper: 0.2)"
+        ),
+    )
+    sinks: int = field(
+        default=4, metadata=_help("first tokens that a local head keeps for ever (default: 4)")
+    )
+    prefill: PrefillMode = field(
+        default="exact",
+        metadata=_help(
+            "exact: a prompt is attended densely (default). windowed: local heads window it too"
+        ),
+    )
+    calibrate: bool = field(
+        default=False, metadata=_help("find the heads first where the model has no profile yet")
+    )
+    compensation: bool = field(
+        default=True,
+        metadata=_help(
+            "whether dropped tokens leave a compensation slot; off only to measure it", flag=False
+        ),
+    )
+    allow_no_retrieval_heads: bool = field(
+        default=False,
+        metadata=_help(
+            "whether a profile may name no retrieval head; on only to measure that", flag=False
+        ),
+    )
 
     def __post_init__(self) -> None:
         _one_of("policy", self.policy, get_args(KVPolicy))
@@ -77,7 +122,7 @@ class RazorConfig:
         Raises:
             ValueError: not an object, an unknown key, or a value not accepted.
         """
-        known = [field.name for field in fields(cls)]
+        known = [f.name for f in fields(cls)]
         if not isinstance(options, dict):
             raise ValueError(
                 f"razor: additional_config[{CONFIG_KEY!r}] is {options!r}; "
@@ -92,7 +137,7 @@ class RazorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Options that differ from the defaults, and the policy."""
-        defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        defaults = {f.name: f.default for f in fields(self)}
         return {
             name: value
             for name, value in asdict(self).items()
@@ -123,3 +168,22 @@ def config_of(additional_config: object) -> RazorConfig | None:
         return None
     config = RazorConfig.from_dict(additional_config[CONFIG_KEY])
     return config if config.policy == "razor" else None
+
+
+def profile_of(additional_config: object) -> HeadProfile:
+    """Head profile of an engine under the policy, as it was read at start-up.
+
+    Args:
+        additional_config: `VllmConfig.additional_config`.
+
+    Raises:
+        ValueError: contents that do not fit.
+        RuntimeError: there is none: the engine's configuration was not made by vLLM's EngineArgs.
+    """
+    data = additional_config.get(PROFILE_KEY) if isinstance(additional_config, dict) else None
+    if data is None:
+        raise RuntimeError(
+            f"razor: expected the head profile in additional_config[{PROFILE_KEY!r}], found none; "
+            "EngineArgs.create_engine_config puts it there"
+        )
+    return HeadProfile.from_dict(data)

@@ -11,8 +11,9 @@ counters.
     Scheduler._preempt_request     counts preemptions
 
 They end with a vLLM that lets plugins add utility methods, and whose SchedulerStats can carry a
-plugin's own figures; checked against vLLM 0.32. The patches themselves are made with the
-engine's others (`compat.install_engine_patches`).
+plugin's own figures. The patches themselves are made with the engine's others (`compat`).
+What an engine is watched by is made once, when its pools are; nothing here raises for a
+request's sake.
 """
 
 import time
@@ -20,14 +21,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from razor_vllm.config import config_of
 from razor_vllm.integrity import Violation, check_pools
 from razor_vllm.occupancy import MAX_LISTED_REQUESTS, occupancy, request_uses
 from razor_vllm.plan import MemoryPlan
-from razor_vllm.policy import request_policy
+from razor_vllm.policy import opts_out
 from razor_vllm.report import plan_of
 
 logger = init_logger("vllm.razor")
@@ -43,12 +47,13 @@ _RECENT = 256
 class Watch:
     """What is counted in one engine process.
 
+    longest_dense: tokens of the longest request that may opt out, its answer included.
     checks, violations: integrity checks made, and those that found something. intact: result of the
     last one; None before the first. changed: whether a request came since the last one.
     """
 
     plan: MemoryPlan
-    full_block_size: int
+    longest_dense: int
     requests: dict[str, int] = field(default_factory=lambda: {"full": 0, "razor": 0})
     checks: int = 0
     violations: int = 0
@@ -89,17 +94,31 @@ _LOGGED = 16
 """Violations of one check that are logged and reported."""
 
 
+_watches: WeakKeyDictionary[Any, Watch] = WeakKeyDictionary()
+"""By EngineCore."""
+
+_preemptions: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""By Scheduler."""
+
+
+def watch(core: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Watch:
+    """Begin to watch an EngineCore whose pools were just made."""
+    plan = plan_of(vllm_config, kv_cache_config)
+    longest = plan.longest_dense(kv_cache_config.num_blocks - 1) - _lookahead(vllm_config)
+    made = Watch(plan, max(min(longest, vllm_config.model_config.max_model_len), 0))
+    _watches[core] = made
+    return made
+
+
+def _lookahead(vllm_config: VllmConfig) -> int:
+    """Tokens beyond a request's own that it may hold pages for: drafted ones."""
+    speculative = vllm_config.speculative_config
+    return speculative.num_speculative_tokens if speculative else 0
+
+
 def watch_of(core: Any) -> Watch:
-    """The watch of an EngineCore; made at the first call."""
-    watch: Watch | None = core.__dict__.get("razor_watch")
-    if watch is None:
-        vllm_config = core.vllm_config
-        watch = Watch(
-            plan_of(vllm_config, core.scheduler.kv_cache_config),
-            vllm_config.cache_config.block_size,
-        )
-        core.razor_watch = watch
-    return watch
+    """The watch of an EngineCore under the policy."""
+    return _watches[core]
 
 
 def razor_memory(core: Any, list_requests: bool = False) -> dict[str, Any]:
@@ -115,19 +134,20 @@ def razor_memory(core: Any, list_requests: bool = False) -> dict[str, Any]:
     if watch.changed and not scheduler.has_requests():
         watch.check(manager)
     plan, requests = watch.plan, scheduler.requests
-    use = occupancy(manager, requests, scheduler.get_request_counts(), plan, watch.full_block_size)
+    use = occupancy(manager, requests, scheduler.get_request_counts(), plan)
     listed = []
     if list_requests:
-        uses = request_uses(manager, requests, plan, watch.full_block_size)
+        uses = request_uses(manager, requests, plan)
         largest = sorted(uses, key=lambda use: (-use.bytes, use.request_id))
         listed = [asdict(use) for use in largest[:MAX_LISTED_REQUESTS]]
     return {
         **asdict(use),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "num_layers": plan.profile.num_layers,
-        "full_block_size": watch.full_block_size,
+        "full_block_size": plan.full_block_size,
+        "longest_dense": watch.longest_dense,
         "requests_by_policy": dict(watch.requests),
-        "preemptions": getattr(scheduler, "razor_preemptions", 0),
+        "preemptions": _preemptions.get(scheduler, 0),
         "integrity": {
             "intact": watch.intact,
             "checks": watch.checks,
@@ -147,7 +167,7 @@ def counting_requests(original: Callable[..., Any]) -> Callable[..., Any]:
         if config_of(self.vllm_config.additional_config) is not None:
             sampling = request.sampling_params
             watch = watch_of(self)
-            watch.requests[request_policy(sampling.extra_args if sampling else None)] += 1
+            watch.requests["full" if opts_out(sampling and sampling.extra_args) else "razor"] += 1
             watch.recent.append(request.request_id)
             watch.changed = True
         return original(self, request, *args, **kwargs)
@@ -159,7 +179,7 @@ def counting_preemptions(original: Callable[..., Any]) -> Callable[..., Any]:
     """`Scheduler._preempt_request` that counts."""
 
     def _preempt_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.razor_preemptions = getattr(self, "razor_preemptions", 0) + 1
+        _preemptions[self] = _preemptions.get(self, 0) + 1
         return original(self, *args, **kwargs)
 
     return _preempt_request

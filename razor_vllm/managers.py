@@ -16,8 +16,6 @@ page reused, only where a miss would compute the same values:
 """
 
 from collections.abc import Sequence
-from contextvars import ContextVar
-from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
@@ -26,28 +24,13 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
     SlidingWindowManager,
 )
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from razor_kernels import DENSE_FOREVER
-from razor_vllm.policy import dense_until
+from razor_vllm.policy import Lookup, admitted_lookup, dense_until
 from razor_vllm.specs import LocalSpec, RetrievalSpec
-
-
-class Lookup(NamedTuple):
-    """Whose prefix is looked up: vLLM's look-up itself is not told the request."""
-
-    dense_until: int
-
-
-current_lookup: ContextVar[Lookup | None] = ContextVar("razor_lookup", default=None)
-
-
-def admitted_lookup() -> Lookup:
-    """The look-up under way."""
-    lookup = current_lookup.get()
-    assert lookup is not None, "a prefix is looked up for a request that was not admitted"
-    return lookup
 
 
 class _RazorManager(SingleTypeKVCacheManager):
@@ -60,11 +43,8 @@ class _RazorManager(SingleTypeKVCacheManager):
         self.is_exact = self.kv_cache_spec.razor.prefill == "exact"
         self.dense_until: dict[str, int] = {}
         # Counted for the metrics: tokens taken from the prefix cache, tokens that left windows.
-        self.hit_tokens = 0
+        self.prefix_cache_hit_tokens = 0
         self.dropped_tokens = 0
-        from razor_vllm import compat
-
-        compat.install_engine_patches()
 
     def admit(self, request: Request) -> Lookup:
         """Note a request's `dense_until`; called before anything else is asked of it."""
@@ -98,6 +78,9 @@ class _RazorManager(SingleTypeKVCacheManager):
         if not new_computed_blocks and not apply_admission_cap:
             return max(required - held, 0)
         cap = self.max_admission_blocks_per_request
+        # The cap is of requests that are compressed.
+        if self.dense_until.get(request_id) == DENSE_FOREVER:
+            cap = None
         if apply_admission_cap and cap is not None:
             required = min(required, cap)
             reused = sum(not block.is_null for block in new_computed_blocks)
@@ -117,7 +100,7 @@ class _RazorManager(SingleTypeKVCacheManager):
 
     def count_hit(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Count the tokens of pages that a request takes from the prefix cache."""
-        self.hit_tokens += self.block_size * sum(not block.is_null for block in blocks)
+        self.prefix_cache_hit_tokens += self.block_size * sum(not block.is_null for block in blocks)
 
     def cache_blocks(
         self,
@@ -335,7 +318,11 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         spec: LocalSpec,
         alignment_tokens: int,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Longest prefix whose sinks, tail page and window are all cached."""
+        """Longest prefix whose sinks, tail page and window are all cached.
+
+        Where page i is missing, no prefix that ends past its first token will do: windows only
+        move forward, so shorter prefixes that reach into it need it too.
+        """
         size = spec.block_size
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
 
@@ -353,6 +340,7 @@ class LocalManager(_RazorManager, SlidingWindowManager):
             for index in reversed(pages):
                 blocks = cached(index)
                 if blocks is None:
+                    length = index * size - index * size % alignment_tokens
                     break
                 found[index] = blocks
             else:
@@ -360,5 +348,12 @@ class LocalManager(_RazorManager, SlidingWindowManager):
                 rows = [found.get(index, null) for index in range(num_pages)]
                 groups = tuple(list(group) for group in zip(*rows, strict=True))
                 return groups, length
-            length -= alignment_tokens
         return tuple([] for _ in kv_cache_group_ids), 0
+
+
+def register_specs() -> None:
+    """Make vLLM know both specs and their managers; may be called more than once."""
+    # Makes vLLM register its own first: it does so only into an empty registry.
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+    KVCacheSpecRegistry.register(RetrievalSpec, RetrievalManager, FullAttentionSpec)
+    KVCacheSpecRegistry.register(LocalSpec, LocalManager, LocalSpec)

@@ -17,7 +17,7 @@ from razor_kernels import DENSE_FOREVER
 from razor_vllm.config import KVPolicy
 from razor_vllm.integrity import PoolManager, pages_by_state, pool_managers
 from razor_vllm.managers import RetrievalManager
-from razor_vllm.plan import MemoryPlan, full_request_bytes
+from razor_vllm.plan import MemoryPlan
 
 PoolName = Literal["retrieval", "local"]
 
@@ -31,7 +31,7 @@ class PoolUse:
 
     slots: KV heads of all layers that the pool has room for, a rank. block_size: tokens a page.
     held: pages in block tables. cached: pages in the prefix cache alone.
-    hit_tokens: tokens whose pages requests took from the prefix cache so far.
+    prefix_cache_hit_tokens: tokens whose pages requests took from the prefix cache so far.
     """
 
     name: PoolName
@@ -39,7 +39,7 @@ class PoolUse:
     block_size: int
     held: int
     cached: int
-    hit_tokens: int
+    prefix_cache_hit_tokens: int
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,11 @@ def occupancy(
     requests: Mapping[str, Request],
     counts: tuple[int, int],
     plan: MemoryPlan,
-    full_block_size: int,
 ) -> Occupancy:
     """Count one engine's pages.
 
     Args:
         requests: of the scheduler, by id. counts: running and waiting ones.
-        full_block_size: tokens a page of stock vLLM.
     """
     states = pages_by_state(manager)
     managers = pool_managers(manager)
@@ -106,11 +104,11 @@ def occupancy(
             block_size=pool.block_size,
             held=states.held[pool.kv_cache_group_id],
             cached=states.cached[pool.kv_cache_group_id],
-            hit_tokens=pool.hit_tokens,
+            prefix_cache_hit_tokens=pool.prefix_cache_hit_tokens,
         )
         for pool in managers
     )
-    uses = list(request_uses(manager, requests, plan, full_block_size))
+    uses = list(request_uses(manager, requests, plan))
     return Occupancy(
         page_bytes=plan.page_bytes,
         pages=manager.block_pool.num_gpu_blocks - 1,
@@ -122,7 +120,7 @@ def occupancy(
         request_bytes=sum(use.bytes for use in uses),
         full_bytes=sum(use.full_bytes for use in uses),
         dropped_tokens=sum(pool.dropped_tokens for pool in managers),
-        layer_kept=_layer_kept(plan, uses, full_block_size),
+        layer_kept=_layer_kept(plan, uses),
     )
 
 
@@ -130,7 +128,6 @@ def request_uses(
     manager: KVCacheManager,
     requests: Mapping[str, Request],
     plan: MemoryPlan,
-    full_block_size: int,
 ) -> Iterator[RequestUse]:
     """Every request that holds pages."""
     managers = pool_managers(manager)
@@ -151,7 +148,7 @@ def request_uses(
             retrieval_pages=pages.get("retrieval", 0),
             local_pages=pages.get("local", 0),
             bytes=held * plan.page_bytes,
-            full_bytes=full_request_bytes(plan, request.num_computed_tokens, full_block_size),
+            full_bytes=plan.full_request_bytes(request.num_computed_tokens),
             num_preemptions=request.num_preemptions,
         )
 
@@ -168,11 +165,9 @@ def _policy(pool: PoolManager, request_id: str) -> KVPolicy:
     return "full" if pool.dense_until.get(request_id) == DENSE_FOREVER else "razor"
 
 
-def _layer_kept(
-    plan: MemoryPlan, uses: list[RequestUse], full_block_size: int
-) -> tuple[float, ...]:
+def _layer_kept(plan: MemoryPlan, uses: list[RequestUse]) -> tuple[float, ...]:
     """Share of the full policy's bytes that the requests hold, a layer; padding left out."""
-    full = sum(-(-use.num_tokens // full_block_size) for use in uses) * full_block_size
+    full = sum(plan.full_request_pages(use.num_tokens) for use in uses) * plan.full_block_size
     if full == 0:
         return ()
     retrieval = sum(use.retrieval_pages for use in uses) * plan.retrieval_layout.rows

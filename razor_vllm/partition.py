@@ -13,9 +13,11 @@ cannot fill stays empty.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 
-from razor_vllm.profile import HeadProfile
+from razor_vllm.config import profile_of
+from razor_vllm.heads.profile import HeadProfile
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,24 @@ def pipeline_stages(num_layers: int, pp_size: int) -> list[range]:
     if not 1 <= pp_size <= num_layers:
         raise ValueError(f"{num_layers} layers do not make {pp_size} pipeline stages")
     return [range(*get_pp_indices(num_layers, rank, pp_size)) for rank in range(pp_size)]
+
+
+def rank_heads(vllm_config: VllmConfig, stage: int, tp_rank: int) -> RankHeads:
+    """Heads of one rank of an engine under the policy.
+
+    Args:
+        stage: pipeline stage. tp_rank: tensor-parallel rank within it.
+
+    Raises:
+        ValueError: the profile is of another model, or does not divide.
+    """
+    profile, model = profile_of(vllm_config.additional_config), vllm_config.model_config
+    num_layers = model.get_total_num_hidden_layers()
+    profile.check_model(num_layers, model.get_total_num_kv_heads(), model.get_head_size())
+    parallel = vllm_config.parallel_config
+    stages = pipeline_stages(num_layers, parallel.pipeline_parallel_size)
+    ranks = partition(profile, parallel.tensor_parallel_size, stages)
+    return ranks[stage * parallel.tensor_parallel_size + tp_rank]
 
 
 def whole(profile: HeadProfile) -> RankHeads:

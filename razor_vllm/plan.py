@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from razor_kernels import PageLayout, Window
+from razor_kernels import DENSE_FOREVER, PageLayout, Window
 from razor_vllm.config import RazorConfig
+from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.partition import RankHeads
-from razor_vllm.profile import HeadProfile
 
 RETRIEVAL_POOL = "razor.layers.0.retrieval"
 LOCAL_POOL = "razor.layers.1.local"
@@ -61,12 +61,14 @@ class MemoryPlan:
         heads: of the rank, and the slots of either pool.
         dtype: of stored K and V.
         blocks: tokens a page of each pool.
+        full_block_size: tokens a page of stock vLLM, which the plan is compared with.
     """
 
     config: RazorConfig
     heads: RankHeads
     dtype: torch.dtype
     blocks: PoolSizes
+    full_block_size: int
 
     @property
     def profile(self) -> HeadProfile:
@@ -135,22 +137,39 @@ class MemoryPlan:
         """`request_pages` in bytes of KV memory."""
         return self.request_pages(num_tokens, dense_until) * self.page_bytes
 
+    @property
+    def full_page_bytes(self) -> int:
+        """Bytes of a page of stock vLLM."""
+        layout = PageLayout(
+            self.full_block_size, self.profile.head_size, self.dtype, has_tail=False
+        )
+        return layout.page_bytes(self.profile.num_heads)
+
+    def full_request_pages(self, num_tokens: int) -> int:
+        """Pages that stock vLLM holds for a request of `num_tokens` tokens."""
+        return -(-num_tokens // self.full_block_size)
+
+    def full_request_bytes(self, num_tokens: int) -> int:
+        """`full_request_pages` in bytes of KV memory."""
+        return self.full_request_pages(num_tokens) * self.full_page_bytes
+
+    def longest_dense(self, num_pages: int) -> int:
+        """Tokens of the longest request that is never compressed and holds so many pages."""
+        low, high = 0, num_pages * max(self.blocks)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.request_pages(middle, DENSE_FOREVER) <= num_pages:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
     def padding_share(self) -> tuple[float, float]:
         """Share of a retrieval and of a local page that is padding."""
         retrieval = self.retrieval_layout.page_bytes(self.num_retrieval_slots)
         local = self.local_layout.page_bytes(self.num_local_slots)
         total = self.page_bytes
         return 1 - retrieval / total, 1 - local / total
-
-
-def full_request_bytes(plan: MemoryPlan, num_tokens: int, block_size: int) -> int:
-    """Bytes that stock vLLM holds for a request of `num_tokens` tokens.
-
-    Args:
-        block_size: tokens a page of stock vLLM.
-    """
-    layout = PageLayout(block_size, plan.profile.head_size, plan.dtype, has_tail=False)
-    return -(-num_tokens // block_size) * layout.page_bytes(plan.profile.num_heads)
 
 
 def plan_memory(
@@ -164,7 +183,7 @@ def plan_memory(
 
     Args:
         max_model_len: tokens; requests of 1/8 to all of it are weighed.
-        block_size: vLLM's, used where there is one pool only and nothing to match.
+        block_size: stock vLLM's, used where there is one pool only and nothing to match.
 
     Raises:
         ValueError: no retrieval head, and the config does not allow it.
@@ -172,9 +191,9 @@ def plan_memory(
     if heads.retrieval_quota == 0 and not config.allow_no_retrieval_heads:
         raise ValueError("razor: the head profile names no retrieval head; at least one is needed")
     if heads.retrieval_quota == 0 or heads.local_quota == 0:
-        return MemoryPlan(config, heads, dtype, PoolSizes(block_size, block_size))
+        return MemoryPlan(config, heads, dtype, PoolSizes(block_size, block_size), block_size)
     plans = [
-        MemoryPlan(config, heads, dtype, PoolSizes(retrieval, local))
+        MemoryPlan(config, heads, dtype, PoolSizes(retrieval, local), block_size)
         for local in _LOCAL_BLOCK_SIZES
         for retrieval in _matching_blocks(heads, dtype, local)
     ]

@@ -19,20 +19,22 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from razor_kernels import Window
 from razor_kernels.forms import Form, Setting, choose_form
 from razor_kernels.step import LayerHeads, PoolPages
 from razor_vllm import compat
 from razor_vllm.config import config_of
-from razor_vllm.partition import RankHeads, partition, pipeline_stages
+from razor_vllm.managers import register_specs
+from razor_vllm.partition import rank_heads
 from razor_vllm.plan import LOCAL_POOL, RETRIEVAL_POOL, MemoryPlan, plan_memory
-from razor_vllm.profile import locate_profile, read_profile
-from razor_vllm.specs import pool_specs, register_specs
+from razor_vllm.specs import pool_specs
 from razor_vllm.support import check_layers
 
 
 class Pool(nn.Module, AttentionLayerBase):
     """A cache layer: pages of one kind of head, no weights, no forward.
+
+    `kv_cache` is vLLM's to set, and it sets it more than once: a GPU's graphs are first captured
+    over a cache that is thrown away. So pages are read from here in each step, and kept nowhere.
 
     Args:
         name: in vLLM's forward context.
@@ -63,28 +65,27 @@ class Pool(nn.Module, AttentionLayerBase):
         return self.attn_backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
-        retrieval, local = pool_specs(self.attached.plan(vllm_config))
+        retrieval, local = pool_specs(self.attached.plan)
         return retrieval if self.retrieval else local
 
+    def pages(self) -> PoolPages:
+        """The pool's memory now.
 
-def rank_heads(vllm_config: VllmConfig, stage: int, tp_rank: int) -> RankHeads:
-    """Heads of one rank of an engine.
-
-    Args:
-        stage: pipeline stage. tp_rank: tensor-parallel rank within it.
-
-    Raises:
-        ValueError: the profile is unreadable or of another model, or does not divide.
-    """
-    config, model = config_of(vllm_config.additional_config), vllm_config.model_config
-    assert config is not None, "the policy was not asked for"
-    profile = read_profile(locate_profile(config.head_profile, model.model))
-    num_layers = model.get_total_num_hidden_layers()
-    profile.check_model(num_layers, model.get_total_num_kv_heads(), model.get_head_size())
-    parallel = vllm_config.parallel_config
-    stages = pipeline_stages(num_layers, parallel.pipeline_parallel_size)
-    ranks = partition(profile, parallel.tensor_parallel_size, stages)
-    return ranks[stage * parallel.tensor_parallel_size + tp_rank]
+        Raises:
+            RuntimeError: what vLLM allocated is not what the plan has.
+        """
+        plan = self.attached.plan
+        if self.retrieval:
+            layout, slots, window = plan.retrieval_layout, plan.num_retrieval_slots, None
+        else:
+            layout, slots, window = plan.local_layout, plan.num_local_slots, plan.window
+        expected = (slots, layout.rows, 2 * layout.head_dim)
+        if self.kv_cache.shape[1:] != expected:
+            raise RuntimeError(
+                f"razor: {self.layer_name}: expected pages of {expected}, slots by rows by "
+                f"numbers, found {tuple(self.kv_cache.shape[1:])}"
+            )
+        return PoolPages(self.kv_cache, layout, window)
 
 
 class Attachment:
@@ -98,12 +99,12 @@ class Attachment:
         config = config_of(vllm_config.additional_config)
         assert config is not None, "the policy was not asked for"
         first = next(iter(layers.values()))
+        self.vllm_config = vllm_config
         self.config = config
         self.dtype = stored_dtype(first)
         self.device = torch.device(vllm_config.device_config.device_type)
         self.num_kv_heads, self.head_size = first.num_kv_heads, first.head_size
         self.group = first.num_heads // first.num_kv_heads
-        self._form: Form | None = None
         self.heads = rank_heads(
             vllm_config, get_pp_group().rank_in_group, get_tensor_model_parallel_rank()
         )
@@ -112,61 +113,54 @@ class Attachment:
         self.layer_index = {
             name: index for index, name in enumerate(sorted(layers, key=extract_layer_index))
         }
+        self.pools: tuple[Pool | None, Pool | None] = (None, None)
+        """Of the retrieval and of the local heads."""
 
-    def plan(self, vllm_config: VllmConfig) -> MemoryPlan:
-        """The plan; vLLM settles its block size only after the model is loaded."""
+    @functools.cached_property
+    def plan(self) -> MemoryPlan:
+        """The plan, settled when vLLM first asks what the pools need.
+
+        Not before: vLLM chooses its block size after the model is loaded. And not again: it
+        changes that size and the model's length afterwards, while the pages stay.
+        """
         return plan_memory(
             self.config,
             self.heads,
             self.dtype,
-            vllm_config.model_config.max_model_len,
-            vllm_config.cache_config.block_size,
+            self.vllm_config.model_config.max_model_len,
+            self.vllm_config.cache_config.block_size,
         )
 
-    def form(self, vllm_config: VllmConfig) -> Form:
-        """The kernels that serve this model's heads; made at the first call."""
-        if self._form is None:
-            self._form = choose_form(self._setting(vllm_config))
-        return self._form
-
-    def _setting(self, vllm_config: VllmConfig) -> Setting:
-        plan, speculative = self.plan(vllm_config), vllm_config.speculative_config
+    @functools.cached_property
+    def form(self) -> Form:
+        """The kernels that serve this model's heads."""
+        plan, speculative = self.plan, self.vllm_config.speculative_config
         drafted = speculative.num_speculative_tokens if speculative else 0
-        return Setting(
-            device=self.device,
-            layouts=(
-                plan.retrieval_layout if plan.num_retrieval_slots else None,
-                plan.local_layout if plan.num_local_slots else None,
-            ),
-            window=self._window(plan),
-            num_kv_heads=self.num_kv_heads,
-            group=self.group,
-            dtype=cast(torch.dtype, vllm_config.model_config.dtype),
-            max_requests=vllm_config.scheduler_config.max_num_seqs,
-            max_queries=1 + drafted,
+        return choose_form(
+            Setting(
+                device=self.device,
+                layouts=(
+                    plan.retrieval_layout if plan.num_retrieval_slots else None,
+                    plan.local_layout if plan.num_local_slots else None,
+                ),
+                window=plan.window,
+                num_kv_heads=self.num_kv_heads,
+                group=self.group,
+                dtype=cast(torch.dtype, self.vllm_config.model_config.dtype),
+                max_requests=self.vllm_config.scheduler_config.max_num_seqs,
+                max_queries=1 + drafted,
+            )
         )
 
-    def _window(self, plan: MemoryPlan) -> Window:
-        config = plan.config
-        return Window(config.sinks, config.window, config.window_ratio, plan.blocks.local)
-
-    def layer_heads(self, vllm_config: VllmConfig, layer_name: str) -> LayerHeads:
-        """Where a layer's heads live; vLLM has allocated the pools' pages by now."""
-        plan, layer = self.plan(vllm_config), self.layer_index[layer_name]
-        context = vllm_config.compilation_config.static_forward_context
-        both = (
-            (RETRIEVAL_POOL, plan.retrieval_layout, None, plan.retrieval_slots(layer)),
-            (LOCAL_POOL, plan.local_layout, self._window(plan), plan.local_slots(layer)),
-        )
-        pools: list[PoolPages | None] = []
+    def layer_heads(self, layer_name: str) -> LayerHeads:
+        """Where a layer's heads live."""
+        plan, layer = self.plan, self.layer_index[layer_name]
         pool_of, slot_of = ([0] * self.num_kv_heads for _ in range(2))
-        for index, (name, layout, seen, slots) in enumerate(both):
-            cache = context[name].kv_cache if name in context else None
-            pools.append(cache if cache is None else PoolPages(cache, layout, seen))
+        for index, slots in enumerate((plan.retrieval_slots(layer), plan.local_slots(layer))):
             for slot, head in enumerate(slots.heads, start=slots.start):
                 pool_of[head], slot_of[head] = index, slot
         as_tensor = functools.partial(torch.tensor, dtype=torch.int32, device=self.device)
-        return LayerHeads((pools[0], pools[1]), as_tensor(pool_of), as_tensor(slot_of))
+        return LayerHeads(as_tensor(pool_of), as_tensor(slot_of))
 
 
 def stored_dtype(layer: Attention) -> torch.dtype:
@@ -180,30 +174,31 @@ def attach(vllm_config: VllmConfig) -> None:
     """Give a loaded model its pools; the second call and later ones do nothing.
 
     Raises:
-        ValueError: the profile is missing, unreadable or of another model.
+        ValueError: the profile is of another model.
         NotImplementedError: a layer of a kind that is not covered.
     """
     context = vllm_config.compilation_config.static_forward_context
     if RETRIEVAL_POOL in context or LOCAL_POOL in context:
         return
-    compat.install_worker_patches(vllm_config.use_v2_model_runner)
     register_specs()
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     check_layers(vllm_config, layers)
     attached = Attachment(vllm_config, layers)
-    plan = attached.plan(vllm_config)
     first = next(iter(layers.values()))
-    names = []
-    for name, retrieval, num_slots in (
-        (RETRIEVAL_POOL, True, plan.num_retrieval_slots),
-        (LOCAL_POOL, False, plan.num_local_slots),
-    ):
-        if num_slots:
-            pool = Pool(name, retrieval, first.num_heads, first.attn_backend, attached)
-            context[name] = pool
-            names.append(name)
-    for layer in layers.values():
-        layer.kv_sharing_target_layer_name = names[0]
+
+    def pool(name: str, retrieval: bool, num_slots: int) -> Pool | None:
+        if not num_slots:
+            return None
+        return Pool(name, retrieval, first.num_heads, first.attn_backend, attached)
+
+    heads = attached.heads
+    attached.pools = (
+        pool(RETRIEVAL_POOL, True, heads.retrieval_quota),
+        pool(LOCAL_POOL, False, heads.local_quota),
+    )
+    pools = {pool.layer_name: pool for pool in attached.pools if pool is not None}
+    context.update(pools)
+    compat.share_cache(layers.values(), next(iter(pools)))
 
 
 def attachment_of(vllm_config: VllmConfig) -> Attachment:

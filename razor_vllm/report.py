@@ -8,9 +8,10 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from razor_vllm.config import config_of
-from razor_vllm.plan import MemoryPlan, PoolSizes, full_request_bytes
-from razor_vllm.pools import rank_heads
-from razor_vllm.specs import LocalSpec, RetrievalSpec, register_specs
+from razor_vllm.managers import register_specs
+from razor_vllm.partition import rank_heads
+from razor_vllm.plan import MemoryPlan, PoolSizes
+from razor_vllm.specs import LocalSpec, RetrievalSpec
 
 logger = init_logger("vllm.razor")
 
@@ -79,52 +80,54 @@ def plan_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> MemoryPl
     blocks = PoolSizes(
         sizes.get(RetrievalSpec, first.block_size), sizes.get(LocalSpec, first.block_size)
     )
-    return MemoryPlan(config, rank_heads(vllm_config, 0, 0), first.dtype, blocks)
+    heads = rank_heads(vllm_config, 0, 0)
+    return MemoryPlan(config, heads, first.dtype, blocks, first.full_block_size)
 
 
-def request_memory(
-    plan: MemoryPlan, num_tokens: int, num_blocks: int, full_block_size: int
-) -> RequestMemory:
-    """KV memory of one decoding request, and how many fit.
+class Capacity(NamedTuple):
+    """Pages that requests may hold in an engine's KV memory, under the policy and under stock
+    vLLM; either keeps one more, its null page."""
 
-    Args:
-        num_blocks: pages of the engine's block pool; one is vLLM's null page.
-        full_block_size: tokens a page of stock vLLM.
-    """
-    full = full_request_bytes(plan, num_tokens, full_block_size)
-    total = (num_blocks - 1) * plan.page_bytes
+    pages: int
+    full_pages: int
+
+    @classmethod
+    def of(cls, plan: MemoryPlan, memory: int) -> "Capacity":
+        """Of so many bytes."""
+        return cls(
+            max(memory // plan.page_bytes - 1, 0), max(memory // plan.full_page_bytes - 1, 0)
+        )
+
+
+def request_memory(plan: MemoryPlan, num_tokens: int, capacity: Capacity) -> RequestMemory:
+    """KV memory of one decoding request, and how many fit."""
     until = num_tokens if plan.config.prefill == "exact" else 0
     return RequestMemory(
         num_tokens=num_tokens,
         held=plan.request_bytes(num_tokens),
-        full=full,
-        fit=(num_blocks - 1) // plan.request_pages(num_tokens),
-        fit_full=total // full,
+        full=plan.full_request_bytes(num_tokens),
+        fit=capacity.pages // plan.request_pages(num_tokens),
+        fit_full=capacity.full_pages // plan.full_request_pages(num_tokens),
         prefill=plan.request_bytes(num_tokens, dense_until=until),
     )
 
 
-def mix_memory(
-    plan: MemoryPlan, mix: Mapping[int, float], num_pages: int, full_block_size: int
-) -> MixMemory:
+def mix_memory(plan: MemoryPlan, mix: Mapping[int, float], capacity: Capacity) -> MixMemory:
     """KV memory of a mix of decoding requests, and how many fit at a time.
 
     Args:
         mix: weight of requests of so many tokens; the weights need not sum to 1.
-        num_pages: pages that requests may hold: the block pool's less vLLM's null page.
-        full_block_size: tokens a page of stock vLLM.
     """
     total = sum(mix.values())
     held = sum(plan.request_bytes(n) * weight for n, weight in mix.items()) / total
-    full = sum(full_request_bytes(plan, n, full_block_size) * w for n, w in mix.items()) / total
-    memory = num_pages * plan.page_bytes
-    return MixMemory(held, full, int(memory // held), int(memory // full))
+    full = sum(plan.full_request_bytes(n) * weight for n, weight in mix.items()) / total
+    fit = int(capacity.pages * plan.page_bytes // held)
+    return MixMemory(held, full, fit, int(capacity.full_pages * plan.full_page_bytes // full))
 
 
-def report_lines(
-    plan: MemoryPlan, max_model_len: int, num_blocks: int, full_block_size: int
-) -> list[str]:
-    """The start-up report."""
+def report_lines(plan: MemoryPlan, max_model_len: int, num_blocks: int) -> list[str]:
+    """The start-up report; num_blocks: pages of the block pool, vLLM's null page included."""
+    capacity = Capacity.of(plan, num_blocks * plan.page_bytes)
     config, profile = plan.config, plan.profile
     padding = plan.padding_share()
     window = f"{config.window} tokens"
@@ -141,11 +144,11 @@ def report_lines(
         f"  page: {plan.page_bytes:,} bytes = {plan.blocks.retrieval} tokens of "
         f"{plan.num_retrieval_slots} retrieval heads ({padding[0]:.1%} padding) or "
         f"{plan.blocks.local} tokens of {plan.num_local_slots} local heads "
-        f"({padding[1]:.1%} padding); {num_blocks - 1:,} pages",
+        f"({padding[1]:.1%} padding); {capacity.pages:,} pages",
         "  tokens    bytes/request   of full   fit (full policy)",
     ]
     lengths = sorted({*(n for n in _REPORT_LENGTHS if n < max_model_len), max_model_len})
-    memories = [request_memory(plan, n, num_blocks, full_block_size) for n in lengths]
+    memories = [request_memory(plan, n, capacity) for n in lengths]
     lines += [
         f"  {m.num_tokens:>7,} {m.held:>15,} {m.held / m.full:>9.1%} {m.fit:>6,} ({m.fit_full:,})"
         for m in memories
@@ -159,13 +162,7 @@ def report_lines(
     return lines
 
 
-def log_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+def log_report(plan: MemoryPlan, max_model_len: int, num_blocks: int) -> None:
     """Print the start-up report to vLLM's log."""
-    lines = report_lines(
-        plan_of(vllm_config, kv_cache_config),
-        vllm_config.model_config.max_model_len,
-        kv_cache_config.num_blocks,
-        vllm_config.cache_config.block_size,
-    )
-    for line in lines:
+    for line in report_lines(plan, max_model_len, num_blocks):
         logger.info("%s", line)

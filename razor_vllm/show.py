@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from razor_vllm.config import RazorConfig
+from razor_vllm.heads.profile import HeadProfile, write_whole
 from razor_vllm.partition import partition, pipeline_stages, whole
-from razor_vllm.plan import full_request_bytes, plan_memory
-from razor_vllm.profile import HeadProfile, write_whole
+from razor_vllm.plan import plan_memory
 
 _SHADES = " .:-=+*#"
 _FULL_BLOCK_SIZE = 16
@@ -70,7 +70,7 @@ def _bytes_lines(profile: HeadProfile, window: int, lengths: Sequence[int]) -> l
         config = RazorConfig(window=min(window, length), allow_no_retrieval_heads=True)
         plan = plan_memory(config, whole(profile), torch.bfloat16, max(lengths), _FULL_BLOCK_SIZE)
         held = plan.request_bytes(length)
-        full = full_request_bytes(plan, length, _FULL_BLOCK_SIZE)
+        full = plan.full_request_bytes(length)
         lines.append(f"  {length:>9,} tokens {held:>16,} of {full:>16,} ({held / full:.1%})")
     return lines
 
@@ -115,7 +115,7 @@ def plan_text(
     one = plan_memory(config, whole(profile), dtype, max_model_len, _FULL_BLOCK_SIZE)
     copies = max(tp_size // profile.num_kv_heads, 1)
     ideal = one.request_bytes(max_model_len) * copies
-    full = full_request_bytes(first, max_model_len, _FULL_BLOCK_SIZE)
+    full = first.full_request_bytes(max_model_len)
     pages = kv_bytes // first.page_bytes - 1  # vLLM keeps one for itself
     fit = max(pages, 0) // first.request_pages(max_model_len)
     lines += [

@@ -5,7 +5,6 @@ from typing import Self
 
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from razor_kernels import PageLayout, Window
 from razor_vllm.config import RazorConfig
@@ -17,6 +16,8 @@ class RetrievalSpec(FullAttentionSpec):
     """Pages of all retrieval heads: vLLM's full attention, cached as the policy allows."""
 
     razor: RazorConfig
+    full_block_size: int
+    """Tokens a page of stock vLLM, where the plan was settled: vLLM's own setting changes."""
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -30,6 +31,8 @@ class LocalSpec(SlidingWindowSpec):
     """Pages of all local heads: sinks, a window, a tail of running sums a page."""
 
     razor: RazorConfig
+    full_block_size: int
+    """See `RetrievalSpec`."""
 
     @property
     def window(self) -> Window:
@@ -81,6 +84,7 @@ def pool_specs(plan: MemoryPlan) -> tuple[RetrievalSpec | None, LocalSpec | None
             head_size=head_size,
             dtype=dtype,
             razor=plan.config,
+            full_block_size=plan.full_block_size,
         )
     if plan.num_local_slots:
         local = LocalSpec(
@@ -90,18 +94,9 @@ def pool_specs(plan: MemoryPlan) -> tuple[RetrievalSpec | None, LocalSpec | None
             dtype=dtype,
             sliding_window=plan.config.window,
             razor=plan.config,
+            full_block_size=plan.full_block_size,
         )
     if retrieval is not None and local is not None:
         retrieval = replace(retrieval, page_size_padded=plan.page_bytes)
         local = replace(local, page_size_padded=plan.page_bytes)
     return retrieval, local
-
-
-def register_specs() -> None:
-    """Make vLLM know both specs and their managers; may be called more than once."""
-    from razor_vllm.managers import LocalManager, RetrievalManager
-
-    # Makes vLLM register its own first: it does so only into an empty registry.
-    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
-    KVCacheSpecRegistry.register(RetrievalSpec, RetrievalManager, FullAttentionSpec)
-    KVCacheSpecRegistry.register(LocalSpec, LocalManager, LocalSpec)

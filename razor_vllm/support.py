@@ -1,6 +1,7 @@
 """What the policy covers, and the refusal of what it does not."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -86,7 +87,11 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
             raise _refuse(f"layer {name} with learned attention sinks")
         if layer.kv_cache_torch_dtype not in _DTYPES:
             raise _refuse(f"layer {name} with a KV cache of {layer.kv_cache_torch_dtype}")
-    for field in ("num_heads", "num_kv_heads", "head_size", "head_size_v"):
+        scales: tuple[Any, ...] = (layer._k_scale, layer._v_scale)
+        if any(scale.numel() > 1 for scale in scales):
+            raise _refuse(f"layer {name} with a scale of the KV cache for each head")
+    # A page holds heads of all layers.
+    for field in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "kv_cache_dtype"):
         if len({getattr(layer, field) for layer in layers.values()}) > 1:
             raise _refuse(f"a model whose layers differ in {field}")
     first = next(iter(layers.values()))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from make_random_llama import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS
 
-from razor_vllm.profile import HeadProfile
+from razor_vllm.heads.profile import HeadProfile
 
 MAX_LEN = 8192
 TESTS = Path(__file__).parent

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from razor_kernels import DENSE_FOREVER, PageLayout, Window, oracle
-from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Rule, Step
+from razor_kernels.step import AttentionParams, LayerHeads, PoolPages, PoolTables, Step
 
 NUM_KV_HEADS = 4
 PADDING = 3
@@ -138,11 +138,11 @@ def draw(length: int, shape: Shape) -> Tensors:
     return Tensors(q.to(shape.dtype), k.to(shape.dtype), v.to(shape.dtype))
 
 
-def rule_of(shape: Shape, compensation: bool = True) -> Rule:
+def params_of(shape: Shape, compensation: bool = True) -> AttentionParams:
     """Scales of a quantized cache are no powers of two: they must be reckoned with."""
     quantized = shape.stored is not None
     slopes = torch.linspace(0.02, 0.3, NUM_KV_HEADS * shape.group) if shape.alibi else None
-    return Rule(
+    return AttentionParams(
         scale=shape.head_dim**-0.5,
         soft_cap=shape.soft_cap,
         alibi_slopes=slopes,
@@ -165,13 +165,13 @@ class Feed:
             PageLayout(shape.local_block, shape.head_dim, stored, has_tail=True),
         )
         self.pages = [Pages(layout, NUM_KV_HEADS // 2 + 1, self.lengths) for layout in layouts]
-        pools = tuple(
-            PoolPages(pages.cache, pages.layout, window)
-            for pages, window in zip(self.pages, (None, self.window), strict=True)
+        self.pools = (
+            PoolPages(self.pages[0].cache, self.pages[0].layout, None),
+            PoolPages(self.pages[1].cache, self.pages[1].layout, self.window),
         )
         # A layer's slots do not begin at 0 in both pools.
         slots = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
-        self.heads = LayerHeads(pools, torch.tensor([0, 1, 0, 1], dtype=torch.int32), slots)
+        self.heads = LayerHeads(torch.tensor([0, 1, 0, 1], dtype=torch.int32), slots)
         self.is_retrieval = torch.tensor([True, False, True, False])
         self.tensors = [draw(n, shape) for n in self.lengths]
 
@@ -201,9 +201,10 @@ class Feed:
             dense_until=torch.tensor([*until, 0], dtype=torch.int32),
             max_query_len=max(lens),
             tables=(tables[0], tables[1]),
+            pools=self.pools,
         )
 
-    def run(self, form, rule: Rule) -> list[torch.Tensor]:
+    def run(self, form, params: AttentionParams) -> list[torch.Tensor]:
         """Outputs of each request, `[length, kv heads, group, head_dim]`."""
         outputs = [torch.full_like(request.q, torch.nan) for request in self.tensors]
         for number in range(max(len(request.chunks) for request in self.case.requests)):
@@ -211,9 +212,9 @@ class Feed:
             step = self.step(spans)
             q, k, v = (self._rows(spans, part) for part in range(3))
             form.plan(step)
-            form.write(k, v, self.heads, step, rule)
+            form.write(k, v, self.heads, step, params)
             out = torch.full(q.shape, torch.nan, dtype=q.dtype)
-            form.attention(q, self.heads, step, rule, out)
+            form.attention(q, self.heads, step, params, out)
             assert out[-PADDING:].isnan().all(), "padding was written to"
             row = 0
             for index, start, stop in spans:
@@ -228,20 +229,20 @@ class Feed:
         flat = wide.to(rows[0].dtype).flatten(1)
         return torch.cat([flat, flat], dim=1)[:, : flat.shape[1]].unflatten(1, wide.shape[1:])
 
-    def expected(self, request: int, rule: Rule) -> torch.Tensor:
+    def expected(self, request: int, params: AttentionParams) -> torch.Tensor:
         """The oracle's outputs of a request, of the K and V that the cache holds."""
         q, k, v = self.tensors[request]
         return oracle.attention(
             q.flatten(1, 2),
-            stored(k, self.shape, rule.k_scale),
-            stored(v, self.shape, rule.v_scale),
+            stored(k, self.shape, params.k_scale),
+            stored(v, self.shape, params.v_scale),
             self.is_retrieval,
             self.window,
-            rule.scale,
+            params.scale,
             self.case.requests[request].dense_until,
-            rule.compensation,
-            rule.soft_cap,
-            rule.alibi_slopes,
+            params.compensation,
+            params.soft_cap,
+            params.alibi_slopes,
         ).view(q.shape)
 
 
@@ -272,18 +273,18 @@ def pytorch_error(tensors: Tensors, scale: float) -> float:
 def reference(case: Case, shape: Shape, compensation: bool) -> tuple[list[torch.Tensor], float]:
     """The oracle's outputs of a case's requests, and the error allowed: it takes its time."""
     torch.manual_seed(0)
-    feed, rule = Feed(case, shape), rule_of(shape, compensation)
+    feed, params = Feed(case, shape), params_of(shape, compensation)
     # A few tokens alone would say little of PyTorch's error.
     judged = [*feed.tensors, draw(200, shape)]
-    own = max(pytorch_error(tensors, rule.scale) for tensors in judged)
+    own = max(pytorch_error(tensors, params.scale) for tensors in judged)
     allowed = 2 * max(own, torch.finfo(shape.dtype).eps)
-    return [feed.expected(index, rule) for index in range(len(case.requests))], allowed
+    return [feed.expected(index, params) for index in range(len(case.requests))], allowed
 
 
 def check(form, case: Case, shape: Shape, compensation: bool = True) -> None:
     """A form's outputs are the oracle's, to twice PyTorch's own error at that precision."""
     torch.manual_seed(0)
-    outputs = Feed(case, shape).run(form, rule_of(shape, compensation))
+    outputs = Feed(case, shape).run(form, params_of(shape, compensation))
     expected, allowed = reference(case, shape, compensation)
     for index, (out, want) in enumerate(zip(outputs, expected, strict=True)):
         error = (out.double() - want).abs().max()
@@ -302,9 +303,8 @@ class Far:
         count = length // self.size
         self.table = (torch.arange(count) % 5).int()[None]
         pools = (PoolPages(cache, layout, None), PoolPages(cache, layout, self.window))
-        self.heads = LayerHeads(
-            pools, torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-        )
+        one_each = torch.tensor([0, 1], dtype=torch.int32)
+        self.heads = LayerHeads(one_each, one_each)
         nowhere = PoolTables(self.table, torch.tensor([-1]))
         self.step = Step(
             query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
@@ -312,6 +312,7 @@ class Far:
             dense_until=torch.tensor([0], dtype=torch.int32),
             max_query_len=1,
             tables=(nowhere, nowhere),
+            pools=pools,
         )
         self.query = torch.randn(1, 2, 4, head_dim)
         self.cache, self.layout = cache, layout
@@ -319,7 +320,9 @@ class Far:
     def run(self, form) -> torch.Tensor:
         out = torch.full_like(self.query, torch.nan)
         form.plan(self.step)
-        form.attention(self.query, self.heads, self.step, rule_of(Shape(torch.float32, 4, 64)), out)
+        form.attention(
+            self.query, self.heads, self.step, params_of(Shape(torch.float32, 4, 64)), out
+        )
         return out
 
     def expected(self) -> torch.Tensor:

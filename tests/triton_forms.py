@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from kernel_cases import NUM_KV_HEADS, Case, Far, Feed, Request, Shape, check, reference, rule_of
+from kernel_cases import NUM_KV_HEADS, Case, Far, Feed, Request, Shape, check, params_of, reference
 
 from razor_kernels.step import PoolTables, Step
 from razor_kernels.triton_form import Device, TritonForm
@@ -73,7 +73,7 @@ def check_graph(case: Case, shape: Shape, variant: Variant) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     feed = GraphFeed(case, shape)
-    outputs = feed.run(make_form(feed, variant), rule_of(shape))
+    outputs = feed.run(make_form(feed, variant), params_of(shape))
     expected, allowed = reference(case, shape, True)
     for out, want in zip(outputs, expected, strict=True):
         error = (out.double() - want).abs().max()
@@ -85,7 +85,7 @@ def check_tails(shape: Shape, variant: Variant) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(3)
     feed = Feed(Case("", (Request((20, 1, 49, 90), 0),), sinks=5), shape)
-    feed.run(make_form(feed, variant), rule_of(shape))
+    feed.run(make_form(feed, variant), params_of(shape))
     pages, size = feed.pages[1], shape.local_block
     table = pages.table[0, : 160 // size].long()
     rows = pages.cache[table][:, 1:3, :size].float()  # slots 1 and 2: [pages, 2, size, 2D]
@@ -100,12 +100,12 @@ def check_rejected() -> None:
     torch.manual_seed(4)
     shape = Shape(torch.float32, 2)
     feed = Feed(Case("", (Request((60, 10, 40), 0),), window=32), shape)
-    form, rule = make_form(feed, Variant()), rule_of(shape)
-    plain = feed.run(form, rule)[0]
+    form, params = make_form(feed, Variant()), params_of(shape)
+    plain = feed.run(form, params)[0]
     spans = [(0, 60, 70)]
     k, v = (feed._rows(spans, part) for part in (1, 2))
-    form.write(-k, v * 3, feed.heads, feed.step(spans), rule)
-    assert torch.equal(feed.run(form, rule)[0], plain)
+    form.write(-k, v * 3, feed.heads, feed.step(spans), params)
+    assert torch.equal(feed.run(form, params)[0], plain)
 
 
 def check_far() -> None:

@@ -15,7 +15,7 @@ import torch
 from razor_kernels import native
 from razor_kernels.layout import PageLayout
 from razor_kernels.paged import PagedForm
-from razor_kernels.step import LayerHeads, Rule, Step
+from razor_kernels.step import AttentionParams, LayerHeads, Step
 from razor_kernels.window import Window
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Form(Protocol):
         value: torch.Tensor,
         heads: LayerHeads,
         step: Step,
-        rule: Rule,
+        params: AttentionParams,
     ) -> None: ...
 
     def attention(
@@ -43,7 +43,7 @@ class Form(Protocol):
         query: torch.Tensor,
         heads: LayerHeads,
         step: Step,
-        rule: Rule,
+        params: AttentionParams,
         out: torch.Tensor,
     ) -> None: ...
 
@@ -77,7 +77,8 @@ def choose_form(setting: Setting) -> Form:
 
     Raises:
         NotImplementedError: heads that the Triton kernels do not cover, on a GPU.
-        RuntimeError: the form that `RAZOR_KERNELS` names cannot serve here.
+        RuntimeError: the form that `RAZOR_KERNELS` names cannot serve here, or the native
+            library is of another version.
         ValueError: it names none.
     """
     wish = os.environ.get(OVERRIDE, "")
@@ -130,6 +131,8 @@ def _native(setting: Setting) -> Form:
 def _on_cpu(setting: Setting) -> Form:
     try:
         return _native(setting)
+    except native.StaleBuildError:
+        raise
     except RuntimeError as error:
         logger.warning("%s. Attention runs in PyTorch, several times slower", error)
         return PagedForm()

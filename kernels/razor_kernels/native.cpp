@@ -550,7 +550,7 @@ void add_all_values(
 }
 
 // Which keys a query sees: positions [0, sink_end) and [window_start, t], and a slot.
-struct Sight {
+struct SeenKeys {
   int64_t sink_end;
   int64_t window_start;
   int64_t num_dropped;  // 0: no slot
@@ -566,7 +566,7 @@ inline int64_t first_window_page(const Pool& pool, int64_t page) {
   return std::max<int64_t>(page - ceil_div(window, pool.block_size), 0);
 }
 
-inline Sight sight_of(const Pool& pool, bool dense, int64_t t) {
+inline SeenKeys seen_keys(const Pool& pool, bool dense, int64_t t) {
   if (dense) return {0, 0, 0, 0};
   const int64_t first = first_window_page(pool, t / pool.block_size);
   const int64_t start = first * pool.block_size;
@@ -582,7 +582,7 @@ struct Task {
   int64_t first_query;  // position
   int32_t num_queries;
   int64_t first_row;  // of the batch
-  Sight sight;
+  SeenKeys seen;
   int64_t begin;
   int64_t end;
   bool with_slot;
@@ -620,7 +620,7 @@ class Worker {
 
   // Merge a row's partial results (log-sum-exp) and write it out.
   void merge(const Task& first, const float* partials) {
-    settle(first);
+    set_rows(first);
     const int64_t size = partial_size();
     const float* part = partials + first.partial * size;
     for (int r = 0; r < rows_; ++r) {
@@ -653,7 +653,7 @@ class Worker {
     return p.cache + id * p.page_stride + layer_.slot_of[task.head] * p.slot_stride;
   }
 
-  void settle(const Task& task) {
+  void set_rows(const Task& task) {
     rows_ = task.num_queries * layer_.group;
     pairs_ = layer_.cache_kind == BF16 && layer_.query_kind == BF16 &&
              head_dim_ % (2 * W) == 0 && rows_ < kWidenRows;
@@ -661,7 +661,7 @@ class Worker {
 
   // Rows of q in fp32, and as they are where tiles are read in pairs.
   void begin(const Task& task) {
-    settle(task);
+    set_rows(task);
     factor_ = layer_.scale * layer_.k_scale * (layer_.soft_cap > 0 ? 1.0f : kLog2E);
     const int item = width(static_cast<Kind>(layer_.query_kind));
     const int row_size = layer_.group * head_dim_;
@@ -680,14 +680,14 @@ class Worker {
   int64_t fill(const Task& task, int64_t at) {
     const Pool& p = pool(task);
     const int64_t row = 2LL * head_dim_ * batch_.step.item_size;
-    const int64_t gap = task.sight.window_start - task.sight.sink_end;
+    const int64_t gap = task.seen.window_start - task.seen.sink_end;
     tile_.count = 0;
     while (at < task.end && tile_.count < kTileKeys) {
-      const bool sink = at < task.sight.sink_end;
+      const bool sink = at < task.seen.sink_end;
       const int64_t position = sink ? at : at + gap;
       const int64_t offset = position % p.block_size;
       int64_t n = std::min<int64_t>(p.block_size - offset, kTileKeys - tile_.count);
-      n = std::min(n, (sink ? std::min(task.sight.sink_end, task.end) : task.end) - at);
+      n = std::min(n, (sink ? std::min(task.seen.sink_end, task.end) : task.end) - at);
       const char* from = page(task, position / p.block_size) + offset * row;
       for (int64_t i = 0; i < n; ++i) {
         tile_.key[tile_.count + i] = from + i * row;
@@ -741,7 +741,7 @@ class Worker {
     float* scores = s_.scores + r * kTileKeys;
     const int64_t beyond = tile_.position[tile_.count - 1] - t;
     const int seen = tile_.count - std::max<int64_t>(std::min<int64_t>(beyond, tile_.count), 0);
-    if (layer_.soft_cap > 0 || layer_.slopes) bend(task, r, t, seen);
+    if (layer_.soft_cap > 0 || layer_.slopes) add_cap_and_alibi(task, r, t, seen);
     const int padded = (tile_.count + W - 1) / W * W;
     std::fill(scores + seen, scores + padded, kNone);
     vec high = vec{} + kNone;
@@ -775,7 +775,7 @@ class Worker {
     }
   }
 
-  float bent(float score, float slope, float distance) const {
+  float with_cap_and_alibi(float score, float slope, float distance) const {
     if (layer_.soft_cap > 0) score = layer_.soft_cap * std::tanh(score / layer_.soft_cap) * kLog2E;
     return score + slope * distance * kLog2E;
   }
@@ -784,32 +784,32 @@ class Worker {
     return layer_.slopes ? layer_.slopes[task.head * layer_.group + r % layer_.group] : 0.0f;
   }
 
-  void bend(const Task& task, int r, int64_t t, int seen) {
+  void add_cap_and_alibi(const Task& task, int r, int64_t t, int seen) {
     float* scores = s_.scores + r * kTileKeys;
     const float slope = slope_of(task, r);
     for (int j = 0; j < seen; ++j)
-      scores[j] = bent(scores[j], slope, static_cast<float>(tile_.position[j] - t));
+      scores[j] = with_cap_and_alibi(scores[j], slope, static_cast<float>(tile_.position[j] - t));
   }
 
   // The compensation slot: one key of weight N, from the running sums of one page.
   void take_slot(const Task& task) {
     const Pool& p = pool(task);
-    const Sight& sight = task.sight;
+    const SeenKeys& seen = task.seen;
     const int64_t rows = 2LL * head_dim_ * batch_.step.item_size * p.block_size;
-    const float* sums = reinterpret_cast<const float*>(page(task, sight.slot_page) + rows);
-    const float share = 1.0f / static_cast<float>(sight.num_dropped);
+    const float* sums = reinterpret_cast<const float*>(page(task, seen.slot_page) + rows);
+    const float share = 1.0f / static_cast<float>(seen.num_dropped);
     float values[kMaxHeadDim];
     std::copy(sums + head_dim_, sums + 2 * head_dim_, values);
     if (pairs_) reorder<false>(values, head_dim_);
-    const float count = std::log2(static_cast<float>(sight.num_dropped));
-    const float middle = 0.5f * static_cast<float>(p.sinks + sight.window_start - 1);
+    const float count = std::log2(static_cast<float>(seen.num_dropped));
+    const float middle = 0.5f * static_cast<float>(p.sinks + seen.window_start - 1);
     for (int r = 0; r < rows_; ++r) {
       const float t = static_cast<float>(task.first_query + r / layer_.group);
       vec dot = vec{};
       for (int d = 0; d < head_dim_; d += W)
         dot += load<F32>(reinterpret_cast<const char*>(s_.q + r * head_dim_ + d)) *
                load<F32>(reinterpret_cast<const char*>(sums + d));
-      const float score = bent(sum(dot) * share * factor_, slope_of(task, r), middle - t) + count;
+      const float score = with_cap_and_alibi(sum(dot) * share * factor_, slope_of(task, r), middle - t) + count;
       raise(r, std::max(score, s_.m[r]));
       const float weight = exp2_scalar(score - s_.m[r]);
       s_.l[r] += weight;
@@ -873,10 +873,10 @@ class Plan {
       int64_t end = std::min(t + most, dense ? std::min(until, stop) : stop);
       // Queries of one page share their window and their slot.
       if (!dense) end = std::min(end, (t / pool.block_size + 1) * pool.block_size);
-      const Sight sight = sight_of(pool, dense, t);
-      const int64_t keys = sight.sink_end + end - sight.window_start;
-      const bool slot = sight.num_dropped > 0 && layer_.compensation;
-      tasks.push_back({request, head, t, static_cast<int32_t>(end - t), row + t - start, sight, 0,
+      const SeenKeys seen = seen_keys(pool, dense, t);
+      const int64_t keys = seen.sink_end + end - seen.window_start;
+      const bool slot = seen.num_dropped > 0 && layer_.compensation;
+      tasks.push_back({request, head, t, static_cast<int32_t>(end - t), row + t - start, seen, 0,
                        keys, slot, -1, 0});
       t = end;
     }
@@ -998,6 +998,13 @@ extern "C" int32_t razor_runs_here() {
 #else
   return 1;
 #endif
+}
+
+// Bytes of the structs that callers fill in: another layout there would be a wild write here.
+extern "C" void razor_struct_sizes(int32_t* sizes) {
+  sizes[0] = sizeof(Pool);
+  sizes[1] = sizeof(Step);
+  sizes[2] = sizeof(Layer);
 }
 
 // Strides in bytes from row to row; within a row, heads follow one another.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Rule, Step
+from razor_kernels.step import AttentionParams, LayerHeads, PoolPages, PoolTables, Step
 
 BUILDS = ("_native_avx512_bf16", "_native_avx512", "_native_avx2", "_native")
 """Libraries beside this file, the fastest first."""
@@ -26,6 +26,10 @@ _KINDS = {
     torch.float8_e4m3fn: 3,
 }
 _RATIO_SCALE = 1_000_000
+
+
+class StaleBuildError(RuntimeError):
+    """A library that was built from another version of `native.cpp`."""
 
 
 class _Pool(ctypes.Structure):
@@ -79,20 +83,35 @@ def library() -> ctypes.CDLL:
 
     Raises:
         RuntimeError: none was built.
+        StaleBuildError: the one found is of another version than this file.
     """
     folder = Path(__file__).parent
     for build in BUILDS:
         for path in sorted(folder.glob(f"{build}.*so")):
             found = ctypes.CDLL(str(path))
             if found.razor_runs_here():
-                return _declared(found)
+                return _declared(found, path)
     raise RuntimeError(
         f"razor: no native kernels in {folder}: found none of {', '.join(BUILDS)}; "
         "install razor-vllm again where a C++ compiler (g++) is"
     )
 
 
-def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+def _declared(found: ctypes.CDLL, path: Path) -> ctypes.CDLL:
+    """The library, once its structs are known to be this file's.
+
+    Raises:
+        StaleBuildError: it is not.
+    """
+    expected = (ctypes.sizeof(_Pool), ctypes.sizeof(_Step), ctypes.sizeof(_Layer))
+    sizes = (ctypes.c_int32 * 3)()
+    if hasattr(found, "razor_struct_sizes"):
+        found.razor_struct_sizes(sizes)
+    if tuple(sizes) != expected:
+        raise StaleBuildError(
+            f"razor: {path} is of another version: expected structs of {expected} bytes, found "
+            f"{tuple(sizes)}; install razor-vllm again"
+        )
     arguments: list[Any] = [ctypes.POINTER(_Step), ctypes.POINTER(_Layer)]
     arguments += [ctypes.c_void_p, ctypes.c_int64] * 2 + [ctypes.c_int]
     found.razor_write.argtypes = found.razor_attention.argtypes = arguments
@@ -123,7 +142,9 @@ class NativeForm:
         self._library = library()
         self._step: tuple[Step, _Step] | None = None
         # By id; the key's object is held, so that an id is not used again.
-        self._layers: dict[tuple[int, int, torch.dtype], tuple[LayerHeads, Rule, _Layer]] = {}
+        self._layers: dict[
+            tuple[int, int, torch.dtype], tuple[LayerHeads, AttentionParams, _Layer]
+        ] = {}
 
     def plan(self, step: Step) -> None:
         """Nothing: a step is taken in by the first layer that brings it."""
@@ -134,18 +155,18 @@ class NativeForm:
         value: torch.Tensor,
         heads: LayerHeads,
         step: Step,
-        rule: Rule,
+        params: AttentionParams,
     ) -> None:
         """K and V into the pages; a page that is full now gets its running sums.
 
         Args:
             key, value: `[num_tokens, num_kv_heads, head_dim]`, rows contiguous.
         """
-        dtype = _dtype(heads)
-        key, value = _stored(key, dtype, rule.k_scale), _stored(value, dtype, rule.v_scale)
+        dtype = step.stored_dtype
+        key, value = _stored(key, dtype, params.k_scale), _stored(value, dtype, params.v_scale)
         self._library.razor_write(
-            self._step_of(step, heads),
-            self._layer_of(heads, rule, key.shape[-1], key.dtype, 1),
+            self._step_of(step),
+            self._layer_of(heads, params, key, dtype, 1),
             *_rows(key),
             *_rows(value),
             torch.get_num_threads(),
@@ -156,7 +177,7 @@ class NativeForm:
         query: torch.Tensor,
         heads: LayerHeads,
         step: Step,
-        rule: Rule,
+        params: AttentionParams,
         out: torch.Tensor,
     ) -> None:
         """Every query head over its KV head's pages.
@@ -165,32 +186,36 @@ class NativeForm:
             query: `[num_tokens, num_kv_heads, group, head_dim]` of fp32, bf16 or fp16.
             out: like query, rows contiguous; written to.
         """
-        group, head_dim = query.shape[2:]
+        # Held by name until the call is over: the library gets its address alone.
+        query = _with_rows(query)
         self._library.razor_attention(
-            self._step_of(step, heads),
-            self._layer_of(heads, rule, head_dim, query.dtype, group),
-            *_rows(query if _has_rows(query) else query.contiguous()),
+            self._step_of(step),
+            self._layer_of(heads, params, query, step.stored_dtype, query.shape[2]),
+            *_rows(query),
             *_rows(out),
             torch.get_num_threads(),
         )
 
-    def _step_of(self, step: Step, heads: LayerHeads) -> _Step:
+    def _step_of(self, step: Step) -> _Step:
         if self._step is None or self._step[0] is not step:
-            self._step = (step, _step(step, heads.pools))
+            self._step = (step, _step(step))
         return self._step[1]
 
     def _layer_of(
-        self, heads: LayerHeads, rule: Rule, head_dim: int, dtype: torch.dtype, group: int
+        self,
+        heads: LayerHeads,
+        params: AttentionParams,
+        rows: torch.Tensor,
+        stored: torch.dtype,
+        group: int,
     ) -> _Layer:
-        known = self._layers.get((id(heads), group, dtype))
-        if known is None or known[1] is not rule:
-            layer = _layer(heads, rule, head_dim, dtype, group)
-            known = self._layers[id(heads), group, dtype] = (heads, rule, layer)
+        """Of heads whose keys or queries are `rows`, over a cache of `stored` numbers."""
+        key = (id(heads), group, rows.dtype)
+        known = self._layers.get(key)
+        if known is None or known[1] is not params:
+            layer = _layer(heads, params, rows.shape[-1], rows.dtype, stored, group)
+            known = self._layers[key] = (heads, params, layer)
         return known[2]
-
-
-def _dtype(heads: LayerHeads) -> torch.dtype:
-    return next(pool.layout.dtype for pool in heads.pools if pool is not None)
 
 
 def _stored(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
@@ -198,7 +223,11 @@ def _stored(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
     if dtype == torch.float8_e4m3fn:
         limit = torch.finfo(dtype).max
         x = (x.float() / scale).clamp(-limit, limit)
-    x = x.to(dtype)
+    return _with_rows(x.to(dtype))
+
+
+def _with_rows(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its rows are contiguous, else a copy; the caller holds it while in use."""
     return x if _has_rows(x) else x.contiguous()
 
 
@@ -223,7 +252,7 @@ def _check_row(tensor: torch.Tensor, dtype: torch.dtype) -> None:
     assert tensor.is_contiguous(), f"expected numbers in a row, got strides {tensor.stride()}"
 
 
-def _step(step: Step, pools: tuple[PoolPages | None, PoolPages | None]) -> _Step:
+def _step(step: Step) -> _Step:
     for tensor in (step.query_start_loc, step.seq_lens, step.dense_until):
         _check_row(tensor, torch.int32)
     made = _Step(
@@ -232,7 +261,7 @@ def _step(step: Step, pools: tuple[PoolPages | None, PoolPages | None]) -> _Step
         dense_until=step.dense_until.data_ptr(),
         num_requests=len(step.seq_lens),
     )
-    for index, (pages, tables) in enumerate(zip(pools, step.tables, strict=True)):
+    for index, (pages, tables) in enumerate(zip(step.pools, step.tables, strict=True)):
         if pages is not None and tables is not None:
             made.item_size = pages.layout.dtype.itemsize
             made.pools[index] = _pool(pages, tables)
@@ -260,10 +289,17 @@ def _pool(pages: PoolPages, tables: PoolTables) -> _Pool:
     )
 
 
-def _layer(heads: LayerHeads, rule: Rule, head_dim: int, dtype: torch.dtype, group: int) -> _Layer:
+def _layer(
+    heads: LayerHeads,
+    params: AttentionParams,
+    head_dim: int,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    group: int,
+) -> _Layer:
     for tensor in (heads.pool_of, heads.slot_of):
         _check_row(tensor, torch.int32)
-    slopes = rule.alibi_slopes
+    slopes = params.alibi_slopes
     if slopes is not None:
         _check_row(slopes, torch.float32)
     return _Layer(
@@ -273,11 +309,11 @@ def _layer(heads: LayerHeads, rule: Rule, head_dim: int, dtype: torch.dtype, gro
         num_kv_heads=len(heads.pool_of),
         group=group,
         head_dim=head_dim,
-        cache_kind=_KINDS[_dtype(heads)],
+        cache_kind=_KINDS[stored],
         query_kind=_KINDS[dtype],
-        compensation=int(rule.compensation),
-        scale=rule.scale,
-        soft_cap=rule.soft_cap,
-        k_scale=rule.k_scale,
-        v_scale=rule.v_scale,
+        compensation=int(params.compensation),
+        scale=params.scale,
+        soft_cap=params.soft_cap,
+        k_scale=params.k_scale,
+        v_scale=params.v_scale,
     )

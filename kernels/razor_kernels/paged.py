@@ -2,9 +2,9 @@
 
 A step is planned once a pool on the host (`plan_writes`, `plan_reads`) and the plan
 serves every layer; a layer then gathers, and calls scaled-dot-product attention, once
-a segment. A segment is a run of one request's queries under one rule:
+a segment. A segment is a run of one request's queries under one params:
 
-    rule         pages read                                extra keys
+    params         pages read                                extra keys
     dense        0 .. page of the last query               none
     compressed   sinks; window of the first query onward   one slot a query page
 """
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from razor_kernels.layout import PageLayout
-from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Rule, Step
+from razor_kernels.step import AttentionParams, LayerHeads, PoolPages, PoolTables, Step
 from razor_kernels.window import DENSE_FOREVER, Window
 
 _MAX_QUERIES = 512
@@ -53,7 +53,7 @@ class WritePlan:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of one request's queries under one rule.
+    """A run of one request's queries under one params.
 
     start, stop: token rows. pages: int64 `[n]`; num_keys: keys of them that are read.
     bias: fp32 or bool `[stop - start, num_keys + num_slots]`, or None.
@@ -222,7 +222,7 @@ def write(
     cache: torch.Tensor,
     layout: PageLayout,
     plan: WritePlan,
-    rule: Rule,
+    params: AttentionParams,
 ) -> None:
     """Write a step's keys and values, then the running sums of the touched pages.
 
@@ -230,7 +230,10 @@ def write(
         key, value: `[num_tokens, num_slots, head_dim]`, after the rotary embedding.
         cache: `[num_pages, num_slots, rows, 2 * head_dim]`; written to.
     """
-    stored = [_stored(key, layout.dtype, rule.k_scale), _stored(value, layout.dtype, rule.v_scale)]
+    stored = [
+        _stored(key, layout.dtype, params.k_scale),
+        _stored(value, layout.dtype, params.v_scale),
+    ]
     tokens = torch.cat([_bits(x) for x in stored], dim=-1)
     if plan.rows is not None:
         tokens = tokens[plan.rows]
@@ -269,7 +272,7 @@ def attention(
     cache: torch.Tensor,
     layout: PageLayout,
     segments: tuple[Segment, ...],
-    rule: Rule,
+    params: AttentionParams,
     slopes: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
@@ -281,15 +284,15 @@ def attention(
         slopes: of ALiBi, fp32 `[num_slots, group]`, or None.
         out: like query; rows of the segments are written to, others left alone.
     """
-    scale = rule.scale * rule.k_scale
+    scale = params.scale * params.k_scale
     # A quantized cache's outputs are scaled before they are rounded, once.
-    dtype = query.dtype if rule.v_scale == 1.0 else torch.float32
+    dtype = query.dtype if params.v_scale == 1.0 else torch.float32
     for segment in segments:
         rows = slice(segment.start, segment.stop)
         k, v = _gather(cache, layout, segment, dtype)
         q = query[rows].permute(1, 2, 0, 3).to(dtype)  # [num_slots, group, T, D]
-        if rule.soft_cap > 0 or slopes is not None:
-            result = _attend_bent(q, k, v, segment, rule, slopes)
+        if params.soft_cap > 0 or slopes is not None:
+            result = _attend_with_cap_or_alibi(q, k, v, segment, params, slopes)
         elif q.shape[2] == 1:
             # One query: the group takes its place, and K and V are read once.
             result = F.scaled_dot_product_attention(
@@ -305,21 +308,21 @@ def attention(
                 is_causal=segment.causal,
                 scale=scale,
             )
-        out[rows] = (result * rule.v_scale).permute(2, 0, 1, 3)
+        out[rows] = (result * params.v_scale).permute(2, 0, 1, 3)
 
 
-def _attend_bent(
+def _attend_with_cap_or_alibi(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     segment: Segment,
-    rule: Rule,
+    params: AttentionParams,
     slopes: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention whose logits are capped or lean with the distance: in fp32, logits in full."""
-    logits = (q.float() * (rule.scale * rule.k_scale)) @ k.float().transpose(-1, -2)
-    if rule.soft_cap > 0:
-        logits = rule.soft_cap * torch.tanh(logits / rule.soft_cap)
+    logits = (q.float() * (params.scale * params.k_scale)) @ k.float().transpose(-1, -2)
+    if params.soft_cap > 0:
+        logits = params.soft_cap * torch.tanh(logits / params.soft_cap)
     query = torch.arange(q.shape[2], device=q.device).unsqueeze(1) + segment.first
     distance = segment.positions - query
     if slopes is not None:
@@ -384,46 +387,46 @@ class PagedForm:
         value: torch.Tensor,
         heads: LayerHeads,
         step: Step,
-        rule: Rule,
+        params: AttentionParams,
     ) -> None:
         """K and V into the pages, then the running sums of the pages written to."""
-        for pool, plan, own in self._pools(heads, step, rule):
+        for pool, plan, own in self._pools(heads, step, params):
             cache = pool.cache[:, own.slots]
-            write(key[:, own.heads], value[:, own.heads], cache, pool.layout, plan.writes, rule)
+            write(key[:, own.heads], value[:, own.heads], cache, pool.layout, plan.writes, params)
 
     def attention(
         self,
         query: torch.Tensor,
         heads: LayerHeads,
         step: Step,
-        rule: Rule,
+        params: AttentionParams,
         out: torch.Tensor,
     ) -> None:
         """Every query head over its KV head's pages."""
-        for pool, plan, own in self._pools(heads, step, rule):
-            slopes = rule.alibi_slopes
+        for pool, plan, own in self._pools(heads, step, params):
+            slopes = params.alibi_slopes
             if slopes is not None:
                 slopes = slopes.view(query.shape[1:3])[own.heads]
             q = query[:, own.heads]
             result = torch.zeros_like(q)
             cache = pool.cache[:, own.slots]
-            attention(q, cache, pool.layout, plan.reads, rule, slopes, result)
+            attention(q, cache, pool.layout, plan.reads, params, slopes, result)
             num_rows = sum(segment.stop - segment.start for segment in plan.reads)
             out[:num_rows, own.heads] = result[:num_rows]
 
     def _pools(
-        self, heads: LayerHeads, step: Step, rule: Rule
+        self, heads: LayerHeads, step: Step, params: AttentionParams
     ) -> list[tuple[PoolPages, _PoolPlan, _PoolHeads]]:
         if self._step is not step:
             self._plans = tuple(
-                _plan(step, pool, tables, rule.compensation) if pool and tables else None
-                for pool, tables in zip(heads.pools, step.tables, strict=True)
+                _plan(step, pool, tables, params.compensation) if pool and tables else None
+                for pool, tables in zip(step.pools, step.tables, strict=True)
             )
             self._step = step
         if id(heads) not in self._layers:
             self._layers[id(heads)] = (heads, tuple(_pool_heads(heads, i) for i in range(2)))
         own = self._layers[id(heads)][1]
-        found = zip(heads.pools, self._plans, own, strict=True)
+        found = zip(step.pools, self._plans, own, strict=True)
         return [(p, plan, mine) for p, plan, mine in found if p and plan and mine]
 
 

@@ -2,15 +2,15 @@
 
 A form (PyTorch, native, Triton) offers two operations on one layer:
 
-    write(key, value, heads, step, rule)      K and V into the pages, then the tails
-    attention(query, heads, step, rule, out)  every query head over its KV head's pages
+    write(key, value, heads, step, params)      K and V into the pages, then the tails
+    attention(query, heads, step, params, out)  every query head over its KV head's pages
 
     key, value  [num_tokens, num_kv_heads, head_dim], after the rotary embedding
     query, out  [num_tokens, num_kv_heads, group, head_dim]; out is written to
 
 Rows of a request follow one another, requests follow one another; rows at and beyond
 `query_start_loc[-1]` are padding, which no form reads or writes. A page holds what `layout`
-says, in stored units: K is `stored * rule.k_scale`. Pages that a block table does not name,
+says, in stored units: K is `stored * params.k_scale`. Pages that a block table does not name,
 and rows of a page that nothing was written to, may hold anything, NaN included.
 
 The logit of a query at position t and a key at position j is
@@ -31,7 +31,7 @@ from razor_kernels.window import Window
 
 
 class PoolPages(NamedTuple):
-    """One pool's memory.
+    """One pool's memory, as it is in one step: an engine may allocate it anew between two.
 
     cache: `[num_pages, num_slots, rows, 2 * head_dim]`, the last two dimensions contiguous.
     window: of local heads; None for retrieval heads, which are dense for ever.
@@ -43,13 +43,12 @@ class PoolPages(NamedTuple):
 
 
 class LayerHeads(NamedTuple):
-    """Where one layer's KV heads live.
+    """Where one layer's KV heads live; the same in every step.
 
-    pools: of retrieval heads, of local heads; None where there is none.
-    pool_of: int32 `[num_kv_heads]`, index into pools. slot_of: int32 `[num_kv_heads]`.
+    pool_of: int32 `[num_kv_heads]`, 0 for the retrieval pool and 1 for the local one.
+    slot_of: int32 `[num_kv_heads]`, slot in that pool.
     """
 
-    pools: tuple[PoolPages | None, PoolPages | None]
     pool_of: torch.Tensor
     slot_of: torch.Tensor
 
@@ -73,7 +72,9 @@ class Step:
     query_start_loc: int32 `[num_requests + 1]`, the rows of each request's queries.
     seq_lens: int32 `[num_requests]`, tokens with the step's own; the queries are the last ones.
     dense_until: int32 `[num_requests]`, see `oracle.attention`.
-    max_query_len: most queries of a request. tables: by pool, as `LayerHeads.pools`.
+    max_query_len: most queries of a request.
+    tables, pools: of the retrieval and of the local pool; None where there is none. A plan needs
+        no pools.
     """
 
     query_start_loc: torch.Tensor
@@ -81,10 +82,16 @@ class Step:
     dense_until: torch.Tensor
     max_query_len: int
     tables: tuple[PoolTables | None, PoolTables | None]
+    pools: tuple[PoolPages | None, PoolPages | None] = (None, None)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of K and V in the pages; the same in both pools."""
+        return next(pages.layout.dtype for pages in self.pools if pages is not None)
 
 
 @dataclass(frozen=True)
-class Rule:
+class AttentionParams:
     """How logits and outputs are made of what is stored.
 
     scale: factor on q.k. soft_cap: 0 for none. alibi_slopes: fp32 `[num_heads]`, or None.

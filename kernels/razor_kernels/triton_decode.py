@@ -26,7 +26,7 @@ import triton.language as tl
 from razor_kernels.triton_tile import (
     Batch,
     Heads,
-    Logits,
+    LogitParams,
     Pool,
     accumulate,
     first_window_page,
@@ -194,7 +194,7 @@ def _attend(
     heads,
     query,
     partials,
-    logits,
+    logit_params,
     unit,
     item,
     rank,
@@ -229,7 +229,7 @@ def _attend(
     q_ptr += (token * query.stride_token + rows % GROUP * query.stride_group)[:, None]
     in_dims = (dims < pool.HEAD_DIM)[None, :]
     q = tl.load(q_ptr + dims[None, :], mask=used[:, None] & in_dims, other=0.0)
-    slopes = load_slopes(logits, (head * GROUP + rows % GROUP).to(tl.int32))[:, None]
+    slopes = load_slopes(logit_params, (head * GROUP + rows % GROUP).to(tl.int32))[:, None]
     if pool.LOCAL and plan.MAX_QUERIES > 1:
         window_start = first_window_page(pool, position // pool.BLOCK_SIZE) * pool.BLOCK_SIZE
         window_start = tl.where(position < until, 0, window_start)[:, None]
@@ -242,9 +242,9 @@ def _attend(
         listed = tile * plan.BLOCK_N + tl.arange(0, plan.BLOCK_N)
         key_position = listed + tl.where(listed < num_sinks, 0, gap)
         k, v = load_kv(pool, request, slot, key_position, listed < length, q.dtype, BLOCK_D)
-        qk = tl.dot(q, tl.trans(k), input_precision=logits.PRECISION)
+        qk = tl.dot(q, tl.trans(k), input_precision=logit_params.PRECISION)
         distance = (key_position[None, :] - position[:, None]).to(tl.float32)
-        qk = to_log2(logits, qk, distance, slopes)
+        qk = to_log2(logit_params, qk, distance, slopes)
         seen = (listed < length)[None, :]
         if plan.MAX_QUERIES > 1:
             seen = key_position[None, :] <= position[:, None]
@@ -252,7 +252,7 @@ def _attend(
                 of_window = key_position[None, :] >= window_start
                 seen = seen & (of_window | (key_position < pool.SINKS)[None, :])
         qk = tl.where(seen, qk, float("-inf"))
-        acc, m_i, l_i = accumulate(acc, m_i, l_i, qk, v, logits.PRECISION)
+        acc, m_i, l_i = accumulate(acc, m_i, l_i, qk, v, logit_params.PRECISION)
 
     # A row that saw nothing has lse -inf, and no weight.
     out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
@@ -272,7 +272,7 @@ def _decode_kernel(
     batch,
     plan,
     partials,
-    logits,
+    logit_params,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -289,7 +289,7 @@ def _decode_kernel(
         if retrieval is not None:
             item, rank = unit // n, unit % n
             _attend(
-                retrieval, plan, batch, heads, query, partials, logits,
+                retrieval, plan, batch, heads, query, partials, logit_params,
                 row, item, rank, n, 0, BLOCK_M, BLOCK_D,
             )  # fmt: skip
     elif unit < num_retrieval_units + num_local_units:  # noqa: SIM102 - the inner is static
@@ -297,7 +297,7 @@ def _decode_kernel(
             unit -= num_retrieval_units
             item, rank = unit // num_local, unit % num_local
             _attend(
-                local, plan, batch, heads, query, partials, logits,
+                local, plan, batch, heads, query, partials, logit_params,
                 row, item, rank, n, 1, BLOCK_M, BLOCK_D,
             )  # fmt: skip
 
@@ -313,14 +313,14 @@ def _join(acc, m_i, l_i, lse, values):
 
 
 @triton.jit
-def _slot_term(pool, logits, request, slot, head, q, position, GROUP, BLOCK_D: tl.constexpr):
+def _slot_term(pool, logit_params, request, slot, head, q, position, GROUP, BLOCK_D: tl.constexpr):
     """Logit in log2 `[1]` and value `[1, BLOCK_D]` of the compensation slot of one query."""
     page = position // pool.BLOCK_SIZE + tl.arange(0, 1)
     k, v, dropped = load_slots(pool, request, slot, page, page >= 0, BLOCK_D)
     qk = tl.sum(q[None, :] * k, 1)
     # Dropped are positions [SINKS, SINKS + N).
     mean = pool.SINKS + (dropped - 1).to(tl.float32) * 0.5
-    logit = to_log2(logits, qk, mean - position, load_slopes(logits, head))
+    logit = to_log2(logit_params, qk, mean - position, load_slopes(logit_params, head))
     logit += tl.log2(tl.maximum(dropped, 1).to(tl.float32))
     return tl.where(dropped > 0, logit, float("-inf")), v
 
@@ -334,7 +334,7 @@ def _merge_kernel(
     batch,
     plan,
     partials,
-    logits,
+    logit_params,
     v_scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -389,7 +389,7 @@ def _merge_kernel(
                 query_head = (head * GROUP + group).to(tl.int32)
                 q = q.to(tl.float32)
                 logit, v = _slot_term(
-                    local, logits, request, slot, query_head, q, position, GROUP, BLOCK_D
+                    local, logit_params, request, slot, query_head, q, position, GROUP, BLOCK_D
                 )
                 acc, m_i, l_i = _join(acc, m_i, l_i, logit, v)
 
@@ -431,7 +431,7 @@ def decode(
     batch: Batch,
     plan: Plan,
     partials: Partials,
-    logits: Logits,
+    logit_params: LogitParams,
     v_scale: float,
     compensation: bool,
     max_units: int,
@@ -454,7 +454,7 @@ def decode(
         batch,
         plan,
         partials,
-        logits,
+        logit_params,
         BLOCK_M=max(16, triton.next_power_of_2(rows)),
         BLOCK_D=block_d,
         num_warps=num_warps,
@@ -468,7 +468,7 @@ def decode(
         batch,
         plan,
         partials,
-        logits,
+        logit_params,
         v_scale,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,

@@ -15,9 +15,9 @@ import triton.language as tl
 
 from razor_kernels import triton_decode, triton_prefill, triton_write
 from razor_kernels.layout import PageLayout
-from razor_kernels.step import LayerHeads, PoolPages, PoolTables, Rule, Step
-from razor_kernels.triton_interpreter import mend
-from razor_kernels.triton_tile import Batch, Heads, Logits, Pool
+from razor_kernels.step import AttentionParams, LayerHeads, PoolPages, PoolTables, Step
+from razor_kernels.triton_interpreter import patch_interpreter
+from razor_kernels.triton_tile import Batch, Heads, LogitParams, Pool
 from razor_kernels.window import Window
 
 HEAD_DIMS = range(16, 257, 16)
@@ -142,7 +142,7 @@ class TritonForm:
         max_queries: int = 1,
         traits: Device | None = None,
     ) -> None:
-        mend()
+        patch_interpreter()
         layout = layouts[0] or layouts[1]
         assert layout is not None, "a model has heads of some kind"
         if layout.head_dim not in HEAD_DIMS or group not in GROUPS:
@@ -227,13 +227,13 @@ class TritonForm:
         value: torch.Tensor,
         heads: LayerHeads,
         step: Step,
-        rule: Rule,
+        params: AttentionParams,
     ) -> None:
         """K and V into the pages; a local page that is full now gets its running sums."""
         triton_write.write(
-            triton_write.Tokens.of(key, rule.k_scale),
-            triton_write.Tokens.of(value, rule.v_scale),
-            *self._pools(heads, step),
+            triton_write.Tokens.of(key, params.k_scale),
+            triton_write.Tokens.of(value, params.v_scale),
+            *self._pools(step),
             Heads(heads.pool_of, heads.slot_of),
             _batch(step),
             step.max_query_len,
@@ -244,18 +244,18 @@ class TritonForm:
         query: torch.Tensor,
         heads: LayerHeads,
         step: Step,
-        rule: Rule,
+        params: AttentionParams,
         out: torch.Tensor,
     ) -> None:
         """Every query head over its KV head's pages."""
         q, o = triton_decode.Queries.of(query), triton_decode.Queries.of(out)
-        pools, batch = self._pools(heads, step), _batch(step)
+        pools, batch = self._pools(step), _batch(step)
         where = Heads(heads.pool_of, heads.slot_of)
         precision = "ieee" if query.dtype == torch.float32 else "tf32"
-        logits = Logits(
-            rule.scale * rule.k_scale,
-            rule.alibi_slopes,
-            tl.constexpr(rule.soft_cap),
+        logit_params = LogitParams(
+            params.scale * params.k_scale,
+            params.alibi_slopes,
+            tl.constexpr(params.soft_cap),
             tl.constexpr(precision),
         )
         triton_decode.decode(
@@ -266,9 +266,9 @@ class TritonForm:
             batch,
             self._plan,
             self._partials,
-            logits,
-            rule.v_scale,
-            rule.compensation,
+            logit_params,
+            params.v_scale,
+            params.compensation,
             self.max_units(len(step.seq_lens)),
             self._decode_tile.num_warps,
             self._decode_tile.num_stages,
@@ -280,15 +280,15 @@ class TritonForm:
                 *pools,
                 where,
                 batch,
-                logits,
-                rule.v_scale,
-                rule.compensation,
+                logit_params,
+                params.v_scale,
+                params.compensation,
                 self.max_queries + 1,
                 *self._tile,
             )
 
-    def _pools(self, heads: LayerHeads, step: Step) -> tuple[Pool | None, Pool | None]:
-        both = zip(self._shapes, heads.pools, step.tables, strict=True)
+    def _pools(self, step: Step) -> tuple[Pool | None, Pool | None]:
+        both = zip(self._shapes, step.pools, step.tables, strict=True)
         retrieval, local = (
             self._pool(shape, pages, tables) if shape and pages and tables else None
             for shape, pages, tables in both

@@ -3,8 +3,9 @@
 Under `TRITON_INTERPRET=1` a kernel runs on the CPU, statement by statement. Triton 3.9's
 interpreter truncates where a GPU rounds to nearest (bf16, fp8), multiplies the bit patterns
 of bf16 in a dot (triton-lang/triton issue 11584), and broadcasts the outcome of a scalar
-comparison as an integer, which no mask may be. `mend` repairs all three, so that kernels
-need no branch for it. A no-op without the variable. Ends with a Triton that does without.
+comparison as an integer, which no mask may be. `patch_interpreter` repairs all three, so
+that kernels need no branch for it. A no-op without the variable. Ends with a Triton that
+does without.
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ def _convert(data: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray
     return values.view(_BITS[width]).numpy().view(f"u{width}")
 
 
-def mend() -> None:
+def patch_interpreter() -> None:
     """Make the interpreter round as a GPU does; once a process is enough."""
     if not triton.knobs.runtime.interpret:
         return

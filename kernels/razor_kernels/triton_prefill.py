@@ -18,7 +18,7 @@ from razor_kernels.triton_decode import Queries
 from razor_kernels.triton_tile import (
     Batch,
     Heads,
-    Logits,
+    LogitParams,
     Pool,
     accumulate,
     first_window_page,
@@ -54,7 +54,7 @@ def _attend_tiles(
     l_i,
     q,
     pool,
-    logits,
+    logit_params,
     request,
     slot,
     position,  # [BLOCK_M]
@@ -76,16 +76,16 @@ def _attend_tiles(
         listed = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         key_position = listed + tl.where(listed < num_sinks, 0, gap)
         k, v = load_kv(pool, request, slot, key_position, listed < length, q.dtype, BLOCK_D)
-        qk = tl.dot(q, tl.trans(k), input_precision=logits.PRECISION)
+        qk = tl.dot(q, tl.trans(k), input_precision=logit_params.PRECISION)
         distance = (key_position[None, :] - position[:, None]).to(tl.float32)
-        qk = to_log2(logits, qk, distance, slopes[:, None])
+        qk = to_log2(logit_params, qk, distance, slopes[:, None])
         if MASK:
             seen = key_position[None, :] <= position[:, None]
             if pool.LOCAL:
                 of_window = key_position[None, :] >= window_start[:, None]
                 seen = seen & (of_window | (key_position < pool.SINKS)[None, :])
             qk = tl.where(seen, qk, float("-inf"))
-        acc, m_i, l_i = accumulate(acc, m_i, l_i, qk, v, logits.PRECISION)
+        acc, m_i, l_i = accumulate(acc, m_i, l_i, qk, v, logit_params.PRECISION)
     return acc, m_i, l_i
 
 
@@ -96,7 +96,7 @@ def _attend_slots(
     l_i,
     q,
     pool,
-    logits,
+    logit_params,
     request,
     slot,
     position,  # [BLOCK_M]
@@ -111,14 +111,14 @@ def _attend_slots(
     pages = first // pool.BLOCK_SIZE + tl.arange(0, NUM_SLOTS)
     valid = pages <= last // pool.BLOCK_SIZE
     k, v, dropped = load_slots(pool, request, slot, pages, valid, BLOCK_D)
-    qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=logits.PRECISION)
+    qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=logit_params.PRECISION)
     mean = pool.SINKS + (dropped - 1).to(tl.float32) * 0.5
-    qk = to_log2(logits, qk, mean[None, :] - position[:, None], slopes[:, None])
+    qk = to_log2(logit_params, qk, mean[None, :] - position[:, None], slopes[:, None])
     qk += tl.log2(tl.maximum(dropped, 1).to(tl.float32))[None, :]
     own = (position // pool.BLOCK_SIZE)[:, None] == pages[None, :]
     own = own & (dropped > 0)[None, :] & (position >= until)[:, None]
     qk = tl.where(own, qk, float("-inf"))
-    return accumulate(acc, m_i, l_i, qk, v.to(q.dtype), logits.PRECISION)
+    return accumulate(acc, m_i, l_i, qk, v.to(q.dtype), logit_params.PRECISION)
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def _attend_block(
     query,
     out,
     batch,
-    logits,
+    logit_params,
     v_scale,
     request,
     first,
@@ -152,7 +152,7 @@ def _attend_block(
     q_ptr = query.ptr + head * query.stride_head
     q_ptr += (token * query.stride_token + rows % GROUP * query.stride_group)[:, None]
     q = tl.load(q_ptr + dims[None, :], mask=mask, other=0.0)
-    slopes = load_slopes(logits, (head * GROUP + rows % GROUP).to(tl.int32))
+    slopes = load_slopes(logit_params, (head * GROUP + rows % GROUP).to(tl.int32))
 
     num_sinks, gap, length = keys_of(pool, first, last, until)
     num_tiles = tl.cdiv(length, BLOCK_N)
@@ -174,15 +174,15 @@ def _attend_block(
         # First: after the tiles, q would stay in registers through them.
         if last >= until:
             acc, m_i, l_i = _attend_slots(
-                acc, m_i, l_i, q, pool, logits, request, slot, position, slopes, first, last,
+                acc, m_i, l_i, q, pool, logit_params, request, slot, position, slopes, first, last,
                 until, NUM_SLOTS, BLOCK_D,
             )  # fmt: skip
     acc, m_i, l_i = _attend_tiles(
-        acc, m_i, l_i, q, pool, logits, request, slot, position, window_start, slopes, keys,
+        acc, m_i, l_i, q, pool, logit_params, request, slot, position, window_start, slopes, keys,
         low, high, high, high, False, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, m_i, l_i = _attend_tiles(
-        acc, m_i, l_i, q, pool, logits, request, slot, position, window_start, slopes, keys,
+        acc, m_i, l_i, q, pool, logit_params, request, slot, position, window_start, slopes, keys,
         0, num_tiles, low, high, True, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
@@ -200,7 +200,7 @@ def _prefill_kernel(
     local,
     heads,
     batch,
-    logits,
+    logit_params,
     v_scale,
     num_requests,
     min_queries,
@@ -226,13 +226,13 @@ def _prefill_kernel(
         if tl.load(heads.pool_of_ptr + head) == 0:
             if retrieval is not None:
                 _attend_block(
-                    retrieval, slot, head, query, out, batch, logits, v_scale, request, first,
+                    retrieval, slot, head, query, out, batch, logit_params, v_scale, request, first,
                     first_token, num_queries, until, NUM_SLOTS, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
         else:
             if local is not None:
                 _attend_block(
-                    local, slot, head, query, out, batch, logits, v_scale, request, first,
+                    local, slot, head, query, out, batch, logit_params, v_scale, request, first,
                     first_token, num_queries, until, NUM_SLOTS, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
 
@@ -244,7 +244,7 @@ def prefill(
     local: Pool | None,
     heads: Heads,
     batch: Batch,
-    logits: Logits,
+    logit_params: LogitParams,
     v_scale: float,
     compensation: bool,
     min_queries: int,
@@ -269,7 +269,7 @@ def prefill(
         local,
         heads,
         batch,
-        logits,
+        logit_params,
         v_scale,
         num_requests,
         min_queries,

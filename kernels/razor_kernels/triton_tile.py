@@ -60,8 +60,8 @@ class Heads(NamedTuple):
     slot_of_ptr: torch.Tensor
 
 
-class Logits(NamedTuple):
-    """How logits are made of q.k, see `step.Rule`. scale: with the cache's k_scale.
+class LogitParams(NamedTuple):
+    """How logits are made of q.k, see `step.AttentionParams`. scale: with the cache's k_scale.
 
     PRECISION: of a dot of fp32, "ieee" or "tf32".
     """
@@ -184,29 +184,29 @@ def tail_ptr(pool, page, slot):
 
 
 @triton.jit
-def to_log2(logits, qk, distance, slopes):
+def to_log2(logit_params, qk, distance, slopes):
     """Logits in log2 of products q.k, see `step`.
 
     distance: key position - query position, fp32. slopes: of the rows, where ALiBi is used.
     """
-    if logits.SOFT_CAP > 0:
+    if logit_params.SOFT_CAP > 0:
         # tanh(x) = sign(x) (1 - e) / (1 + e), e = exp(-2 |x|), never overruns
-        x = qk * (logits.scale / logits.SOFT_CAP)
+        x = qk * (logit_params.scale / logit_params.SOFT_CAP)
         e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
         tanh = (1.0 - e) / (1.0 + e)
-        result = tl.where(x < 0, -tanh, tanh) * (logits.SOFT_CAP * LOG2E)
+        result = tl.where(x < 0, -tanh, tanh) * (logit_params.SOFT_CAP * LOG2E)
     else:
-        result = qk * (logits.scale * LOG2E)
-    if logits.slopes_ptr is not None:
+        result = qk * (logit_params.scale * LOG2E)
+    if logit_params.slopes_ptr is not None:
         result += slopes * distance * LOG2E
     return result
 
 
 @triton.jit
-def load_slopes(logits, heads):
+def load_slopes(logit_params, heads):
     """ALiBi slopes of query heads, or zeros that nothing reads."""
-    if logits.slopes_ptr is not None:
-        return tl.load(logits.slopes_ptr + heads)
+    if logit_params.slopes_ptr is not None:
+        return tl.load(logit_params.slopes_ptr + heads)
     else:
         return heads.to(tl.float32) * 0
 

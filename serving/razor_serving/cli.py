@@ -62,9 +62,9 @@ def _serve(model: str, options: list[str]) -> None:
 
 def _calibrate(args: argparse.Namespace) -> None:
     """Run the probe, or bound an ALiBi model's heads, and write the profile."""
-    from razor_vllm.alibi import BoundOptions
-    from razor_vllm.calibrate import ProbeOptions, calibrate
-    from razor_vllm.profile import FILE_NAME, cache_path, write_profile
+    from razor_vllm.heads.alibi import BoundOptions
+    from razor_vllm.heads.calibrate import ProbeOptions, calibrate
+    from razor_vllm.heads.profile import FILE_NAME, cache_path, write_profile
 
     is_folder = Path(args.model).is_dir()
     default = Path(args.model) / FILE_NAME if is_folder else cache_path(args.model)
@@ -86,7 +86,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     """Print a profile's heads, and draw them where asked to."""
-    from razor_vllm.profile import read_profile
+    from razor_vllm.heads.profile import read_profile
     from razor_vllm.show import draw, text
 
     picture = None if args.png is None else _writable(args.png, args.force)
@@ -102,7 +102,7 @@ def _plan(args: argparse.Namespace) -> None:
     import torch
 
     from razor_vllm.config import RazorConfig
-    from razor_vllm.profile import read_profile
+    from razor_vllm.heads.profile import read_profile
     from razor_vllm.show import plan_text
 
     config = RazorConfig(
@@ -129,8 +129,8 @@ def _convert(args: argparse.Namespace) -> None:
     """Read a published pattern and write a profile, or the other way round."""
     from transformers import AutoConfig
 
-    from razor_vllm.convert import ModelShape, Selection, convert, write_duo
-    from razor_vllm.profile import FILE_NAME, read_profile, write_profile
+    from razor_vllm.heads.convert import ModelShape, Selection, convert, write_duo
+    from razor_vllm.heads.profile import FILE_NAME, read_profile, write_profile
 
     if args.to_duo is not None:
         if not args.to_duo.is_dir():

@@ -11,7 +11,7 @@ seconds, or less often where reading them takes long.
     vllm:razor_layer_kept_share  layer          the same a layer, padding left out
     vllm:razor_saved_bytes                      full policy's bytes less those held
     vllm:razor_dropped_tokens                   counter: tokens that left local heads' windows
-    vllm:razor_prefix_cache_hits pool           counter: tokens taken from the prefix cache
+    vllm:razor_prefix_cache_hit_tokens pool     counter: tokens taken from the prefix cache
     vllm:razor_requests          policy         counter: requests that reached the engine
     vllm:razor_integrity                        1: the last check found nothing, 0: something
     vllm:razor_integrity_checks  result         counter: intact, violated
@@ -69,7 +69,9 @@ class PoolMetrics:
         self.saved = _gauge("saved_bytes", "Bytes that the full policy would hold more.")
         self.integrity = _gauge("integrity", "1 where the last integrity check found nothing.")
         self.dropped = _counter("dropped_tokens", "Tokens that left local heads' windows.")
-        self.hits = _counter("prefix_cache_hits", "Tokens taken from the prefix cache.", "pool")
+        self.hits = _counter(
+            "prefix_cache_hit_tokens", "Tokens taken from the prefix cache.", "pool"
+        )
         self.requests = _counter("requests", "Requests that reached the engine.", "policy")
         self.checks = _counter("integrity_checks", "Integrity checks made.", "result")
         fields = ("window", "window_ratio", "sinks", "prefill")
@@ -106,7 +108,7 @@ class PoolMetrics:
     def _update_counters(self, engine: str, figures: dict[str, Any]) -> None:
         self._count(self.dropped, figures["dropped_tokens"], engine)
         for pool in figures["pools"]:
-            self._count(self.hits, pool["hit_tokens"], engine, pool["name"])
+            self._count(self.hits, pool["prefix_cache_hit_tokens"], engine, pool["name"])
         for policy, number in figures["requests_by_policy"].items():
             self._count(self.requests, number, engine, policy)
         integrity = figures["integrity"]

@@ -16,12 +16,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from razor_serving import schemas
 from razor_serving.access import OUR_PREFIX
 from razor_serving.reader import MemoryReader, Reading
-from razor_vllm.config import KVPolicy, RazorConfig, config_of
+from razor_vllm.config import KVPolicy, RazorConfig, config_of, profile_of
+from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.partition import RankHeads, partition, pipeline_stages
-from razor_vllm.plan import MemoryPlan, PoolSizes, full_request_bytes
+from razor_vllm.plan import MemoryPlan, PoolSizes
 from razor_vllm.policy import REQUEST_KEY
-from razor_vllm.profile import HeadProfile, locate_profile, read_profile
-from razor_vllm.report import mix_memory, request_memory
+from razor_vllm.report import Capacity, mix_memory, request_memory
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "Bad parameter"},
@@ -44,9 +44,7 @@ class Service:
         config = config_of(self.vllm_config.additional_config)
         assert config is not None, "the policy was not asked for"
         self.config: RazorConfig = config
-        self.profile: HeadProfile = read_profile(
-            locate_profile(config.head_profile, self.vllm_config.model_config.model)
-        )
+        self.profile: HeadProfile = profile_of(self.vllm_config.additional_config)
         self.reader = MemoryReader(engine_client)
         self._picture: bytes | None = None
         self._drawing = asyncio.Lock()
@@ -78,7 +76,8 @@ class Service:
         one = next(iter(sizes.values()))
         blocks = PoolSizes(sizes.get("retrieval", one), sizes.get("local", one))
         dtype = getattr(torch, figures["dtype"])
-        return MemoryPlan(self.config, self.ranks()[0], dtype, blocks), figures
+        full = figures["full_block_size"]
+        return MemoryPlan(self.config, self.ranks()[0], dtype, blocks, full), figures
 
     async def picture(self) -> bytes:
         """The head map as PNG; drawn once."""
@@ -182,7 +181,7 @@ def _engine(index: int, figures: dict[str, Any], list_requests: bool) -> schemas
             tokens_per_page=pool["block_size"],
             held=amount(pool["held"]),
             cached=amount(pool["cached"]),
-            prefix_cache_hit_tokens=pool["hit_tokens"],
+            prefix_cache_hit_tokens=pool["prefix_cache_hit_tokens"],
         )
         for pool in figures["pools"]
     ]
@@ -303,32 +302,33 @@ async def estimate(body: schemas.EstimateRequest, service: ServiceOf) -> schemas
                 parameter=f"mix.{index}.tokens",
             )
     plan, figures = await service.plan()
-    pages, block = figures["pages"], figures["full_block_size"]
-    if body.kv_memory_bytes is not None:
-        pages = max(body.kv_memory_bytes // plan.page_bytes - 1, 0)  # vLLM keeps one page
+    memory = body.kv_memory_bytes
+    if memory is None:
+        memory = (figures["pages"] + 1) * plan.page_bytes  # vLLM keeps one page
+    capacity = Capacity.of(plan, memory)
     mix: dict[int, float] = {}
     for entry in body.mix:
         mix[entry.tokens] = mix.get(entry.tokens, 0.0) + entry.weight
-    mean = mix_memory(plan, mix, pages, block)
+    mean = mix_memory(plan, mix, capacity)
     return schemas.Estimate(
-        kv_memory_bytes=pages * plan.page_bytes,
+        kv_memory_bytes=capacity.pages * plan.page_bytes,
         mean_bytes=mean.held,
         mean_full_policy_bytes=mean.full,
         fit=mean.fit,
         fit_full_policy=mean.fit_full,
-        lengths=[_length(plan, n, weight, pages, block) for n, weight in sorted(mix.items())],
+        lengths=[_length(plan, n, weight, capacity) for n, weight in sorted(mix.items())],
     )
 
 
 def _length(
-    plan: MemoryPlan, num_tokens: int, weight: float, num_pages: int, full_block_size: int
+    plan: MemoryPlan, num_tokens: int, weight: float, capacity: Capacity
 ) -> schemas.LengthMemory:
-    memory = request_memory(plan, num_tokens, num_pages + 1, full_block_size)
+    memory = request_memory(plan, num_tokens, capacity)
     return schemas.LengthMemory(
         tokens=num_tokens,
         weight=weight,
         bytes=memory.held,
-        full_policy_bytes=full_request_bytes(plan, num_tokens, full_block_size),
+        full_policy_bytes=memory.full,
         prefill_bytes=memory.prefill,
         fit=memory.fit,
         fit_full_policy=memory.fit_full,

@@ -74,19 +74,19 @@ def test_a_request_holds_a_third_and_three_fit_for_one(model_dir: Path, prefill:
 
 def test_report_says_what_the_pool_gives(model_dir: Path) -> None:
     """`request_memory` and the block pool agree, for the policy and for stock vLLM."""
-    from razor_vllm.report import plan_of, report_lines, request_memory
+    from razor_vllm.report import Capacity, plan_of, report_lines, request_memory
 
     with engine(model_dir) as llm:
         stock_bytes = bytes_of_one(llm)
-        block_size = llm.llm_engine.vllm_config.cache_config.block_size
     with engine(model_dir, RAZOR) as llm:
         config = manager_of(llm).kv_cache_config
         plan = plan_of(llm.llm_engine.vllm_config, config)
         # The last of the LENGTH tokens is sampled but not computed yet.
-        memory = request_memory(plan, LENGTH - 1, config.num_blocks, block_size)
+        capacity = Capacity.of(plan, config.num_blocks * plan.page_bytes)
+        memory = request_memory(plan, LENGTH - 1, capacity)
         assert bytes_of_one(llm) == memory.held
         assert stock_bytes == memory.full
-        lines = report_lines(plan, 8192, config.num_blocks, block_size)
+        lines = report_lines(plan, 8192, config.num_blocks)
     text = "\n".join(lines)
     assert "4 of 16 KV heads retrieve (25.0%)" in text
     assert "retrieval heads by layer: 1 1 1 1" in text

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from engines import answers, engine, profile_file, prompts, run_script
 
+from razor_vllm.heads.profile import read_profile
 from razor_vllm.partition import partition
-from razor_vllm.profile import read_profile
 
 pytestmark = pytest.mark.engine
 

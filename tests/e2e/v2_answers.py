@@ -26,7 +26,7 @@ def main() -> None:
         ]
         pool = manager_of(llm).block_pool
         attached = attachment_of(llm.llm_engine.vllm_config)
-        form = type(attached.form(llm.llm_engine.vllm_config)).__name__
+        form = type(attached.form).__name__
         free = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     print(
         "RESULT "

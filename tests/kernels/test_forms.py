@@ -14,7 +14,7 @@ from kernel_cases import (
     Request,
     Shape,
     check,
-    rule_of,
+    params_of,
 )
 
 from razor_kernels import PageLayout, forms, native, paged, triton_form
@@ -57,7 +57,7 @@ def test_a_slot_changes_the_output(form) -> None:
     """The compensation slot is really in the sum: without it the output differs."""
     torch.manual_seed(2)
     feed = Feed(Case("", (Request((200,), 0),), window=32), SHAPES[0])
-    with_slot, without = (feed.run(form, rule_of(SHAPES[0], c))[0][:, 1] for c in (True, False))
+    with_slot, without = (feed.run(form, params_of(SHAPES[0], c))[0][:, 1] for c in (True, False))
     assert (with_slot[:64] - without[:64]).abs().max() == 0
     assert (with_slot[150:] - without[150:]).abs().max() > 0.1
 
@@ -67,7 +67,7 @@ def test_tails_are_running_sums_past_the_sinks(form, shape: Shape) -> None:
     """S(p) of a full page is the sum of what is stored from the sinks' end to the page's end."""
     torch.manual_seed(3)
     feed = Feed(Case("", (Request((20, 1, 49, 90), 0),), sinks=5), shape)
-    feed.run(form, rule_of(shape))
+    feed.run(form, params_of(shape))
     pages, size = feed.pages[1], shape.local_block
     table = pages.table[0, : 160 // size].long()
     cache = pages.cache[table][:, 1:3].float()  # slots 1 and 2: [pages, 2, rows, 2D]
@@ -81,15 +81,15 @@ def test_rejected_tokens_leave_the_sums(form) -> None:
     """Tokens that speculation wrote and took back are in no sum once others stand there."""
     torch.manual_seed(4)
     shape = SHAPES[0]
-    rule = rule_of(shape)
+    params = params_of(shape)
     feed = Feed(Case("", (Request((60, 10, 130), 0),), window=32), shape)
-    plain = feed.run(form, rule)[0]
+    plain = feed.run(form, params)[0]
     # Rows 60 to 69 were written before, with other numbers.
     spans = [(0, 60, 70)]
     step = feed.step(spans)
     k, v = (feed._rows(spans, part) for part in (1, 2))
-    form.write(-k, v * 3, feed.heads, step, rule)
-    assert torch.equal(feed.run(form, rule)[0], plain)
+    form.write(-k, v * 3, feed.heads, step, params)
+    assert torch.equal(feed.run(form, params)[0], plain)
 
 
 def test_far_positions(form) -> None:
@@ -159,7 +159,7 @@ def test_slots_with_gaps_are_refused_by_the_pytorch_form() -> None:
     step = feed.step([(0, 0, 1)])
     q = torch.zeros(1, NUM_KV_HEADS, 2, 32)
     with pytest.raises(AssertionError, match="gaps"):
-        paged.PagedForm().attention(q, heads, step, rule_of(SHAPES[0]), q.clone())
+        paged.PagedForm().attention(q, heads, step, params_of(SHAPES[0]), q.clone())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from razor_kernels import scores
 from razor_kernels.scores import COPIES, HeadScores, repeat_scores
 from razor_kernels.scores_triton import repeat_mass
-from razor_kernels.triton_interpreter import mend
+from razor_kernels.triton_interpreter import patch_interpreter
 
 COMPILED = Path(__file__).with_name("scores_compiled.py")
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -28,7 +28,7 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
     """A process in which Triton is interpreted: the flag is read once, on import."""
     with (
         pytest.MonkeyPatch.context() as patch,
-        ProcessPoolExecutor(1, get_context("spawn"), initializer=mend) as pool,
+        ProcessPoolExecutor(1, get_context("spawn"), initializer=patch_interpreter) as pool,
     ):
         patch.setenv("TRITON_INTERPRET", "1")
         pool.submit(os.getpid).result()

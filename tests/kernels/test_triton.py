@@ -18,7 +18,7 @@ from triton_forms import (
 )
 
 from razor_kernels import DENSE_FOREVER
-from razor_kernels.triton_interpreter import mend
+from razor_kernels.triton_interpreter import patch_interpreter
 
 LONG = 450
 """Tokens of a case that the interpreter is spared."""
@@ -97,7 +97,7 @@ def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Future]]:
     chosen = {item.callspec.id for item in request.session.items if hasattr(item, "callspec")}
     with (
         pytest.MonkeyPatch.context() as patch,
-        ProcessPoolExecutor(2, get_context("spawn"), initializer=mend) as pool,
+        ProcessPoolExecutor(2, get_context("spawn"), initializer=patch_interpreter) as pool,
     ):
         patch.setenv("TRITON_INTERPRET", "1")
         for started in [pool.submit(os.getpid) for _ in range(2)]:

@@ -16,7 +16,7 @@ from benchmarks import fidelity, needle
 from benchmarks.fidelity import Step, compare, kl_divergence
 from benchmarks.forced_tokens import ForcedContinuation
 from benchmarks.served_model import Chat, HeldBytes
-from razor_vllm.profile import HeadProfile
+from razor_vllm.heads.profile import HeadProfile
 
 PROFILE = HeadProfile(4, 4, 32, ((0,), (1, 3), (), (2,)))
 GRID = needle.Grid(("single", "multi", "chat"), (150, 301), (0.0, 0.5, 1.0), 2, 0)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks import needle
 from benchmarks.served_model import EngineModel, open_engine
 from models.needle.language import CODE_NUMBERS, draw_facts, haystack, render
-from razor_vllm.profile import FILE_NAME, read_profile
+from razor_vllm.heads.profile import FILE_NAME, read_profile
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "models" / "needle" / "weights"

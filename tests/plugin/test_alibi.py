@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalL
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from razor_vllm.alibi import (
+from razor_vllm.heads.alibi import (
     BoundOptions,
     calibrate,
     layer_weights,
@@ -23,8 +23,8 @@ from razor_vllm.alibi import (
     slopes,
     weight_files,
 )
-from razor_vllm.calibrate import ProbeOptions
-from razor_vllm.calibrate import calibrate as calibrate_any
+from razor_vllm.heads.calibrate import ProbeOptions
+from razor_vllm.heads.calibrate import calibrate as calibrate_any
 
 LAYERS, HEADS, HIDDEN, LENGTH = 2, 6, 48, 400
 EPSILON = 1e-3
@@ -216,7 +216,7 @@ def test_files_in_parts_are_one_model(tmp_path: Path) -> None:
 
 def test_only_one_layer_is_in_memory(tmp_path: Path, monkeypatch) -> None:
     """Weights that the bound does not need are never read, and layers come one by one."""
-    from razor_vllm import alibi
+    from razor_vllm.heads import alibi
 
     seen: list[str] = []
     plain = alibi._tensor

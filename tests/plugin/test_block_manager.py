@@ -19,14 +19,17 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
 from razor_kernels import DENSE_FOREVER
+from razor_vllm.compat import install_engine_patches
 from razor_vllm.config import RazorConfig
+from razor_vllm.heads.profile import HeadProfile
+from razor_vllm.managers import register_specs
 from razor_vllm.partition import whole
 from razor_vllm.plan import MemoryPlan, PoolSizes
-from razor_vllm.policy import dense_until
-from razor_vllm.profile import HeadProfile
-from razor_vllm.specs import pool_specs, register_specs
+from razor_vllm.policy import dense_until, policy_salt
+from razor_vllm.specs import pool_specs
 
 register_specs()
+install_engine_patches()
 init_none_hash(sha256)
 
 HEADS = whole(HeadProfile(2, 2, 16, ((0,), ())))
@@ -84,7 +87,7 @@ class World:
 
     def add(self, prompt: list[int], policy: str) -> None:
         extra = {"kv_policy": policy} if policy == "full" else None
-        salt = "razor-full" if extra and self.plan.config.prefill == "windowed" else None
+        salt = policy_salt(self.plan.config, extra, None)
         self.count += 1
         request = Request(
             request_id=str(self.count),
@@ -291,7 +294,7 @@ def apply(world: World, operation: tuple) -> None:
 @settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
 def test_random_sequences(config, blocks, num_blocks, caching, sequence) -> None:
     """No leak, no double reference, no page read that holds other values than a miss."""
-    world = World(MemoryPlan(config, HEADS, torch.float32, blocks), num_blocks, caching)
+    world = World(MemoryPlan(config, HEADS, torch.float32, blocks, 16), num_blocks, caching)
     for operation in sequence:
         apply(world, operation)
         world.check_pool()
@@ -309,7 +312,7 @@ def test_random_sequences(config, blocks, num_blocks, caching, sequence) -> None
 def test_opt_out_holds_every_page() -> None:
     """A request that is never compressed frees nothing."""
     config = RazorConfig(window=16, prefill="windowed")
-    plan = MemoryPlan(config, HEADS, torch.float32, PoolSizes(48, 16))
+    plan = MemoryPlan(config, HEADS, torch.float32, PoolSizes(48, 16), 16)
     world = World(plan, 100, True)
     world.add([7] * 30, "full")
     for _ in range(120):

@@ -8,7 +8,7 @@ from make_random_llama import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from razor_kernels.scores import COPIES
-from razor_vllm.calibrate import (
+from razor_vllm.heads.calibrate import (
     ProbeOptions,
     calibrate,
     choose,
@@ -17,7 +17,7 @@ from razor_vllm.calibrate import (
     probe_ids,
     stability,
 )
-from razor_vllm.profile import HeadProfile
+from razor_vllm.heads.profile import HeadProfile
 
 SCORES = {
     "induction": ((0.9, 0.1), (0.5, 0.5), (0.2, 0.5)),

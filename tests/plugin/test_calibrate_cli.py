@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from razor_serving import cli
-from razor_vllm.profile import HeadProfile, read_profile, write_profile
+from razor_vllm.heads.profile import HeadProfile, read_profile, write_profile
 
 PROFILE = HeadProfile(4, 4, 32, ((0,), (1, 3), (), (2,)), {"induction": ((0.5, 0, 0.1, 0),) * 4})
 SLIDING = HeadProfile(2, 2, 16, ((), (1,)), {"echo": ((0, 0), (0.1, 0.4))}, sliding_layers=(0,))

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from razor_kernels.scores import COPIES
-from razor_vllm.calibrate import ProbeOptions, calibrate, causal_attention, probe_ids
-from razor_vllm.profile import HeadProfile
+from razor_vllm.heads.calibrate import ProbeOptions, calibrate, causal_attention, probe_ids
+from razor_vllm.heads.profile import HeadProfile
 
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE, PERIOD, SEED = 4, 4, 2, 16, 12, 3
 SIZES = {

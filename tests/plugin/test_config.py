@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from razor_vllm.compat import _options_of
+from razor_vllm.flags import options_of
 from razor_vllm.config import RazorConfig, config_of
 
 
@@ -58,15 +58,16 @@ def test_the_policy_is_on_only_where_asked_for() -> None:
 def namespace(**flags: object) -> argparse.Namespace:
     names = ("head_profile", "window", "window_ratio", "sinks", "prefill", "calibrate")
     unset = {f"razor_{name}": None for name in names}
-    return argparse.Namespace(**{"kv_policy": "full", **unset, **flags})
+    return argparse.Namespace(**{"kv_policy": None, **unset, **flags})
 
 
 def test_flags_become_options() -> None:
     """Flags that were not given leave the defaults to the config."""
-    assert _options_of(namespace()) is None
+    assert options_of(namespace()) is None
+    assert options_of(namespace(kv_policy="full")) == {"policy": "full"}
     flags = namespace(kv_policy="razor", razor_window=0, razor_prefill="windowed")
-    assert _options_of(flags) == {"policy": "razor", "window": 0, "prefill": "windowed"}
+    assert options_of(flags) == {"policy": "razor", "window": 0, "prefill": "windowed"}
     with pytest.raises(ValueError, match="accepted are full, razor"):
-        _options_of(namespace(kv_policy="h2o"))
+        options_of(namespace(kv_policy="h2o"))
     with pytest.raises(ValueError, match="--razor-window has no effect without"):
-        _options_of(namespace(razor_window=64))
+        options_of(namespace(razor_window=64))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from razor_vllm.convert import (
+from razor_vllm.heads.convert import (
     ModelShape,
     Selection,
     convert,

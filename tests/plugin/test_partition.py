@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.partition import partition, pipeline_stages
-from razor_vllm.profile import HeadProfile
 
 
 @st.composite

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from razor_vllm.config import RazorConfig
+from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.partition import whole
-from razor_vllm.plan import full_request_bytes, plan_memory
-from razor_vllm.profile import HeadProfile
+from razor_vllm.plan import plan_memory
 from razor_vllm.specs import pool_specs
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "head_patterns" / "razor"
@@ -81,5 +81,5 @@ def test_published_head_sets_keep_a_quarter_at_32k(name: str, heads: int) -> Non
     plan = plan_memory(RazorConfig(), whole(profile), torch.bfloat16, 131072, 16)
     assert max(plan.padding_share()) < 0.05
     assert math.lcm(*plan.blocks) <= 512
-    assert plan.request_bytes(32768) <= 0.30 * full_request_bytes(plan, 32768, 16)
-    assert plan.request_bytes(131072) <= 0.20 * full_request_bytes(plan, 131072, 16)
+    assert plan.request_bytes(32768) <= 0.30 * plan.full_request_bytes(32768)
+    assert plan.request_bytes(131072) <= 0.20 * plan.full_request_bytes(131072)

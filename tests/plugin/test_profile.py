@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from razor_vllm.profile import (
+from razor_vllm.heads.profile import (
     MAX_BYTES,
     HeadProfile,
     cache_path,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from razor_serving import cli
-from razor_vllm.profile import read_profile
+from razor_vllm.heads.profile import read_profile
 
 
 def razor(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -13,16 +13,19 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
+from razor_vllm.compat import install_engine_patches
 from razor_vllm.config import RazorConfig
 from razor_vllm.core_memory import Watch
+from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.integrity import check_pools, pages_by_state, pool_managers
+from razor_vllm.managers import register_specs
 from razor_vllm.occupancy import occupancy, request_uses
 from razor_vllm.partition import whole
-from razor_vllm.plan import MemoryPlan, PoolSizes, full_request_bytes
-from razor_vllm.profile import HeadProfile
-from razor_vllm.specs import pool_specs, register_specs
+from razor_vllm.plan import MemoryPlan, PoolSizes
+from razor_vllm.specs import pool_specs
 
 register_specs()
+install_engine_patches()
 init_none_hash(sha256)
 
 HASH_BLOCK = 16
@@ -31,6 +34,7 @@ PLAN = MemoryPlan(
     whole(HeadProfile(2, 2, 16, ((0,), ()))),
     torch.float32,
     PoolSizes(32, 16),
+    HASH_BLOCK,
 )
 
 
@@ -184,7 +188,7 @@ def test_a_violation_is_logged_with_its_requests() -> None:
     """The log names what is wrong and who it was; the result is kept for the metrics."""
     manager = new_manager()
     start(manager, "leaked", 50)
-    watch = Watch(PLAN, HASH_BLOCK)
+    watch = Watch(PLAN, 400)
     watch.recent.append("earlier")
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
@@ -203,16 +207,16 @@ def test_occupancy_is_what_the_tables_say() -> None:
     """Pages by pool, bytes of requests, dropped tokens and cache hits, of shared prompts."""
     manager = new_manager()
     requests = {name: start(manager, name, 100) for name in "ab"}
-    use = occupancy(manager, requests, (2, 0), PLAN, HASH_BLOCK)
-    rows = list(request_uses(manager, requests, PLAN, HASH_BLOCK))
+    use = occupancy(manager, requests, (2, 0), PLAN)
+    rows = list(request_uses(manager, requests, PLAN))
     assert {row.request_id for row in rows} == {"a", "b"}
     pages = [PLAN.retrieval_pages(100) + PLAN.local_pages(101) for _ in rows]
     assert [row.bytes for row in rows] == [n * PLAN.page_bytes for n in pages]
-    assert use.full_bytes == 2 * full_request_bytes(PLAN, 100, HASH_BLOCK)
+    assert use.full_bytes == 2 * PLAN.full_request_bytes(100)
     retrieval, local = use.pools
     assert (retrieval.name, local.name) == ("retrieval", "local")
     assert retrieval.held < 2 * PLAN.retrieval_pages(100), "shared pages count once"
-    assert (retrieval.hit_tokens, local.hit_tokens > 0) == (96, True)
+    assert (retrieval.prefix_cache_hit_tokens, local.prefix_cache_hit_tokens > 0) == (96, True)
     assert use.dropped_tokens == 2 * PLAN.window.num_dropped(100 // 16) > 0
     assert len(use.layer_kept) == 2
     assert use.layer_kept[0] > use.layer_kept[1], "only layer 0 has a retrieval head"

@@ -61,8 +61,8 @@ def test_counters_follow_requests(http: httpx.Client) -> None:
     until(lambda: grown("requests_total", policy="razor") == 2, 30)
     until(lambda: grown("requests_total", policy="full") == 1, 30)
     assert grown("dropped_tokens_total") > 0
-    assert grown("prefix_cache_hits_total", pool="retrieval") > 0
-    assert grown("prefix_cache_hits_total", pool="local") > 0
+    assert grown("prefix_cache_hit_tokens_total", pool="retrieval") > 0
+    assert grown("prefix_cache_hit_tokens_total", pool="local") > 0
     until(lambda: grown("integrity_checks_total", result="intact") > 0, 30)
     assert value(scrape(http), "integrity") == 1
 

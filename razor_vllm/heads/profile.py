@@ -143,30 +143,43 @@ class HeadProfile:
                 "head size {}; this model has {}, {} and {}".format(*found, *expected)
             )
 
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """The profile as JSON's types."""
         data = {
             "format": FORMAT,
             "version": VERSION,
             "model": {name: getattr(self, name) for name in _MODEL_KEYS},
-            "retrieval_heads": self.retrieval_heads,
-            "scores": self.scores,
+            "retrieval_heads": [list(heads) for heads in self.retrieval_heads],
+            "scores": {name: [list(row) for row in rows] for name, rows in self.scores.items()},
             "made_by": self.made_by,
         }
         if self.sliding_layers:
-            data["sliding_layers"] = self.sliding_layers
-        return json.dumps(data, indent=1)
+            data["sliding_layers"] = list(self.sliding_layers)
+        return data
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "HeadProfile":
         """Parse and check a profile.
 
         Raises:
-            ValueError: not JSON, another format or version, or contents that do not fit.
+            ValueError: not JSON, or as `from_dict`.
         """
         try:
             data = json.loads(text, parse_constant=_refuse_constant)
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: object) -> "HeadProfile":
+        """Check a profile that was parsed.
+
+        Raises:
+            ValueError: another format or version, or contents that do not fit.
+        """
         if not isinstance(data, dict):
             raise ValueError("not an object")
         if data.get("format") != FORMAT:
@@ -247,41 +260,51 @@ def read_profile(path: str | os.PathLike[str]) -> HeadProfile:
         raise ValueError(f"razor: head profile {path}: {error}") from error
 
 
-def cache_path(model: str) -> Path:
-    """Where the user's cache keeps the profile of a model, by name or absolute path."""
+def cache_path(model: str, revision: str | None = None) -> Path:
+    """Where the user's cache keeps the profile of a model, by name or absolute path.
+
+    A hub model at a revision of its own has a profile of its own.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     name = str(Path(model).absolute()) if Path(model).is_dir() else model
+    if revision is not None and not Path(model).is_dir():
+        name = f"{name}@{revision}"
     return Path(base) / "razor-vllm" / name.strip("/").replace("/", "--") / FILE_NAME
 
 
-def places(model: str) -> list[Path]:
-    """Where a model's profile is looked for: beside the weights, then the user's cache."""
+def places(model: str, revision: str | None = None) -> list[Path]:
+    """Where a model's profile is looked for: beside the weights, then the user's cache.
+
+    Args:
+        revision: of a hub model; None is its main branch.
+    """
     beside = [Path(model) / FILE_NAME] if Path(model).is_dir() else []
     if not beside:
-        snapshot = try_to_load_from_cache(model, "config.json")
+        snapshot = try_to_load_from_cache(model, "config.json", revision=revision)
         if isinstance(snapshot, str):
             beside.append(Path(snapshot).with_name(FILE_NAME))
-    return [*beside, cache_path(model)]
+    return [*beside, cache_path(model, revision)]
 
 
-def locate_profile(head_profile: str | None, model: str) -> Path:
+def locate_profile(head_profile: str | None, model: str, revision: str | None = None) -> Path:
     """Path of the profile to use: the one given, or the first that is found.
 
     Args:
-        model: a local folder, or a hub name with a local snapshot.
+        model: a local folder, or a hub name with a local snapshot. revision: of a hub model.
 
     Raises:
         ValueError: none was given and none is found; says the command that makes one.
     """
     if head_profile is not None:
         return Path(head_profile)
-    looked = places(model)
+    looked = places(model, revision)
     for path in looked:
         if path.is_file():
             return path
+    at = "" if revision is None or Path(model).is_dir() else f" --revision {revision}"
     raise ValueError(
         f"razor: no head profile of {model} in {', '.join(map(str, looked))}. Make one: "
-        f"razor calibrate {model} (or start with --razor-calibrate, or name one with "
+        f"razor calibrate {model}{at} (or start with --razor-calibrate, or name one with "
         "--razor-head-profile PATH)"
     )
 

@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
-from razor_vllm.profile import HeadProfile
+from razor_vllm.heads.profile import HeadProfile
 
 MODELS = ("Baichuan-13B", "BLOOM", "MPT")
 
@@ -229,7 +229,7 @@ def reach(weights: LayerWeights, shape: AlibiShape, epsilon: float) -> torch.Ten
     return (2 * shape.scale * top - math.log(epsilon)) / slope
 
 
-def weight_files(model_name: str) -> list[Path]:
+def weight_files(model_name: str, revision: str | None = None) -> list[Path]:
     """The model's safetensors files; those of a hub model are downloaded.
 
     Raises:
@@ -237,7 +237,8 @@ def weight_files(model_name: str) -> list[Path]:
     """
     folder = Path(model_name)
     if not folder.is_dir():
-        folder = Path(snapshot_download(model_name, allow_patterns=["*.safetensors", "*.json"]))
+        patterns = ["*.safetensors", "*.json"]
+        folder = Path(snapshot_download(model_name, revision=revision, allow_patterns=patterns))
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
@@ -297,14 +298,16 @@ def _tensor(
     return tensor.float()
 
 
-def calibrate(model_name: str, shape: AlibiShape, options: BoundOptions) -> HeadProfile:
+def calibrate(
+    model_name: str, shape: AlibiShape, options: BoundOptions, revision: str | None = None
+) -> HeadProfile:
     """Choose the retrieval heads of an ALiBi model: those that see past the window.
 
     Raises:
         ValueError: files that are missing or do not fit.
     """
     rows = []
-    layers = layer_weights(weight_files(model_name), shape)
+    layers = layer_weights(weight_files(model_name, revision), shape)
     for weights in tqdm(layers, desc="layers", unit="layer", total=shape.num_layers):
         rows.append(tuple(round(x, 1) for x in reach(weights, shape, options.epsilon).tolist()))
     return HeadProfile(

@@ -32,8 +32,8 @@ from transformers import (
 from transformers.utils import is_accelerate_available
 
 from razor_kernels.scores import COPIES, repeat_scores, soft_capped
-from razor_vllm import alibi
-from razor_vllm.profile import HeadProfile
+from razor_vllm.heads import alibi
+from razor_vllm.heads.profile import HeadProfile
 
 ATTENTION = "razor_probe"
 """Name of the probing attention in transformers' registry."""
@@ -341,6 +341,7 @@ def calibrate(
     device_map: str | dict[str, Any] | None = None,
     dtype: str = "auto",
     bound: alibi.BoundOptions = alibi.BoundOptions(),  # noqa: B008, it is frozen
+    revision: str | None = None,
 ) -> HeadProfile:
     """Choose a model's retrieval heads: by the probe, or for an ALiBi model by the bound.
 
@@ -349,17 +350,18 @@ def calibrate(
         device_map: as transformers takes it; by default all GPUs, or the CPU where there is none.
         dtype: as transformers takes it.
         bound: for ALiBi models, which are not run.
+        revision: branch, tag or commit of a hub model; its main branch by default.
 
     Raises:
         ValueError: the model is too short, or its files do not fit.
         NotImplementedError: a kind of model that is not covered.
     """
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(model_name)
+        raw, _ = PreTrainedConfig.get_config_dict(model_name, revision=revision)
         shape = alibi.shape_of(raw)
         if shape is not None:
-            return alibi.calibrate(model_name, shape, bound)
-        return probe_model(model_name, options, device_map, dtype)
+            return alibi.calibrate(model_name, shape, bound, revision)
+        return probe_model(model_name, options, device_map, dtype, revision)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{model_name} and a probe of {1 + COPIES * options.period:,} tokens do not fit the "
@@ -389,16 +391,15 @@ def probe_model(
     options: ProbeOptions,
     device_map: str | dict[str, Any] | None = None,
     dtype: str = "auto",
+    revision: str | None = None,
 ) -> HeadProfile:
     """Run the probe on a model with rotary embeddings; arguments and errors as `calibrate`."""
     device_map = _device_map(device_map)
-    config = AutoConfig.from_pretrained(model_name).get_text_config()
+    config = AutoConfig.from_pretrained(model_name, revision=revision).get_text_config()
     check_config(config)
     max_positions = getattr(config, "max_position_embeddings", 1 + COPIES * options.period)
     period = fitting_period(options, max_positions)
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    special = set(tokenizer.all_special_ids)
-    vocab = [i for i in range(min(len(tokenizer), config.vocab_size)) if i not in special]
+    vocab, bos_token = probe_vocabulary(model_name, config, revision)
     layers, heads = config.num_hidden_layers, {}
     rounds = []
     with (
@@ -410,18 +411,45 @@ def probe_model(
         AttentionInterface.register(ATTENTION, probe.attend)
         model = AutoModelForCausalLM.from_pretrained(
             model_name,
+            revision=revision,
             attn_implementation=ATTENTION,
             dtype=dtype,
             device_map=device_map,
             offload_folder=folder if device_map is not None else None,
         ).eval()
         for seed in options.seeds:
-            heads = run_probe(model, probe, probe_ids(vocab, tokenizer.bos_token_id, period, seed))
+            heads = run_probe(model, probe, probe_ids(vocab, bos_token, period, seed))
             rounds.append(score_rows(heads, layers))
         # An engine may be started next: what PyTorch keeps of a GPU's memory would be missing.
         del model
         torch.cuda.empty_cache()
     return _profile(rounds, heads, options, period)
+
+
+def probe_vocabulary(
+    model_name: str, config: PreTrainedConfig, revision: str | None = None
+) -> tuple[list[int], int | None]:
+    """Token ids that the probe draws from, and the one that begins a sequence, if any.
+
+    Special tokens are left out. A model without a tokenizer gives all of its vocabulary but the
+    special tokens that its config names.
+
+    Args:
+        config: of the model's text part.
+    """
+    size = config.vocab_size
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision)
+        num_tokens = min(len(tokenizer), size)
+    except (OSError, ValueError):
+        num_tokens = 0
+    if num_tokens > 0:
+        special, bos_token = set(tokenizer.all_special_ids), tokenizer.bos_token_id
+    else:
+        num_tokens, bos_token = size, getattr(config, "bos_token_id", None)
+        named = (getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
+        special = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])}
+    return [i for i in range(num_tokens) if i not in special], bos_token
 
 
 def run_probe(model: PreTrainedModel, probe: Probe, ids: torch.Tensor) -> dict[int, Layer]:

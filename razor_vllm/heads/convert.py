@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from razor_vllm.profile import HeadProfile, read_bounded, write_whole
+from razor_vllm.heads.profile import HeadProfile, read_bounded, write_whole
 
 DUO_FILE = "full_attention_heads.tsv"
 DUO_SIZES = "config.json"

@@ -1,0 +1,35 @@
+"""Replacing a function of vLLM's by one that calls it, and putting all of them back."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_originals: list[tuple[Any, str, Any]] = []
+"""Owner, name and what stood there, in the order of the replacements."""
+
+
+def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], F]) -> None:
+    """Replace owner.name by make(owner.name), once; static and class methods stay so.
+
+    Raises:
+        AttributeError: the owner has no such name of its own.
+    """
+    if name not in vars(owner):
+        raise AttributeError(f"{owner.__name__} has no {name}")
+    raw = vars(owner)[name]
+    kind = type(raw) if isinstance(raw, staticmethod | classmethod) else None
+    original = raw.__func__ if kind else raw
+    if getattr(original, "_razor", False):
+        return
+    wrapper: Any = functools.wraps(original)(make(original))
+    wrapper._razor = True
+    _originals.append((owner, name, raw))
+    setattr(owner, name, kind(wrapper) if kind else wrapper)
+
+
+def undo() -> None:
+    """Put back everything that `wrap` replaced."""
+    while _originals:
+        setattr(*_originals.pop())
