@@ -8,16 +8,16 @@ those that are: it may be too long for the pools, alone. It is refused where its
 and ends by length where its answer would be.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from razor_vllm.config import config_of
-from razor_vllm.core_memory import watch_of
-from razor_vllm.policy import REQUEST_KEY, opts_out, policy_salt, request_policy
+from razor_vllm.policy import REQUEST_KEY, request_policy
 
 
 def check_request(
-    extra_args: Mapping[str, Any] | None, num_prompt_tokens: int, longest_dense: int | None
+    extra_args: Mapping[str, Any] | None,
+    num_prompt_tokens: int = 0,
+    longest_dense: int | None = None,
 ) -> None:
     """Refuse a request that asks for what there is not.
 
@@ -34,25 +34,3 @@ def check_request(
             f"{REQUEST_KEY} is 'full' and the prompt has {num_prompt_tokens} tokens; uncompressed, "
             f"the KV memory holds prompt and answer of up to {longest_dense} tokens"
         )
-
-
-def checking_requests(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`EngineCore.preprocess_add_request`: what it raises, vLLM answers to that request alone."""
-
-    def preprocess_add_request(self: Any, request: Any) -> Any:
-        config = config_of(self.vllm_config.additional_config)
-        if config is None:
-            return original(self, request)
-        if request.resumable:
-            raise ValueError("streamed input is not covered by --kv-policy razor")
-        extra = request.sampling_params.extra_args if request.sampling_params else None
-        request_policy(extra)
-        request.cache_salt = policy_salt(config, extra, request.cache_salt)
-        made, *more = original(self, request)
-        if opts_out(extra):
-            longest = watch_of(self).longest_dense
-            check_request(extra, made.num_prompt_tokens, longest)
-            made.max_tokens = min(made.max_tokens, longest - made.num_prompt_tokens)
-        return (made, *more)
-
-    return preprocess_add_request

@@ -34,7 +34,7 @@ from razor_kernels import DENSE_FOREVER
 from razor_kernels.forms import Form
 from razor_kernels.step import AttentionParams, LayerHeads, PoolTables, Step
 from razor_vllm import compat
-from razor_vllm.plan import LOCAL_POOL, RETRIEVAL_POOL
+from razor_vllm.plan import POOLS, RETRIEVAL_POOL
 from razor_vllm.policy import step_dense_until
 from razor_vllm.pools import Attachment, attach, attachment_of
 from razor_vllm.specs import LocalSpec
@@ -50,6 +50,10 @@ class RazorMetadata(AttentionMetadata):
 
     batch: Step
     step: Step | None = None
+
+    def join(self, step: Step) -> Step:
+        self.step = step
+        return step
 
 
 class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
@@ -137,15 +141,15 @@ def _check_block_size(kv_cache_spec: AttentionSpec, attached: Attachment) -> Non
 
 def step_of(all_metadata: dict[str, RazorMetadata], attached: Attachment) -> Step:
     """The step of both pools, with the pages they have now; made by the first layer that asks."""
-    parts = [all_metadata.get(name) for name in (RETRIEVAL_POOL, LOCAL_POOL)]
+    parts = [all_metadata.get(name) for name in POOLS]
     first = next(part for part in parts if part is not None)
-    if first.step is None:
-        retrieval, local = (
-            None if part is None else part.batch.tables[i] for i, part in enumerate(parts)
-        )
-        pages = tuple(None if pool is None else pool.pages() for pool in attached.pools)
-        first.step = replace(first.batch, tables=(retrieval, local), pools=(pages[0], pages[1]))
-    return first.step
+    if first.step is not None:
+        return first.step
+    retrieval, local = (
+        None if part is None else part.batch.tables[i] for i, part in enumerate(parts)
+    )
+    pages = tuple(None if pool is None else pool.pages() for pool in attached.pools)
+    return first.join(replace(first.batch, tables=(retrieval, local), pools=(pages[0], pages[1])))
 
 
 class _Layer(NamedTuple):

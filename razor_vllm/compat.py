@@ -7,7 +7,7 @@ What would end a patch stands with it.
     SamplingParams.from_optional             a bad per-request policy: HTTP 400
     InputProcessor.process_inputs            the same for other front ends; what can never fit
     EngineCore._initialize_kv_caches         specs; stop if not attached; start-up report
-    EngineCore.preprocess_add_request        the last check of a request: see admission
+    EngineCore.preprocess_add_request        the last check of a request: see admission; salt
     EngineCore, Scheduler                    figures for the routes: see core_memory
     KVCacheManager.get_computed_blocks       tell the managers whose prefix is looked up
     GPUModelRunner._build_attention_metadata `dense_until` of a batch (V1 runner)
@@ -49,6 +49,8 @@ from razor_vllm.policy import (
     REQUEST_KEY,
     current_lookup,
     dense_until,
+    opts_out,
+    policy_salt,
     step_dense_until,
 )
 from razor_vllm.report import check_attached, log_report
@@ -272,10 +274,32 @@ def install_engine_patches() -> None:
 
     # Ends with a vLLM whose `find_longest_cache_hit` is given the request.
     wrap(KVCacheManager, "get_computed_blocks", _admitting)
-    wrap(EngineCore, "preprocess_add_request", admission.checking_requests)
+    wrap(EngineCore, "preprocess_add_request", _letting_in)
     wrap(EngineCore, "add_request", core_memory.counting_requests)
     wrap(Scheduler, "_preempt_request", core_memory.counting_preemptions)
     setattr(EngineCore, core_memory.UTILITY, core_memory.razor_memory)
+
+
+def _letting_in(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What is raised here, vLLM answers to that request alone."""
+
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        config = config_of(self.vllm_config.additional_config)
+        if config is None:
+            return original(self, request)
+        if request.resumable:
+            raise ValueError("streamed input is not covered by --kv-policy razor")
+        extra = request.sampling_params.extra_args if request.sampling_params else None
+        admission.check_request(extra)
+        request.cache_salt = policy_salt(config, extra, request.cache_salt)
+        made, wave = original(self, request)
+        if opts_out(extra):
+            longest = core_memory.watch_of(self).longest_dense
+            admission.check_request(extra, made.num_prompt_tokens, longest)
+            made.max_tokens = min(made.max_tokens, longest - made.num_prompt_tokens)
+        return made, wave
+
+    return preprocess_add_request
 
 
 def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,6 +63,13 @@ class Watch:
     changed: bool = True
     recent: deque[str] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
+    def count(self, request: Any) -> None:
+        """Count a request that comes in."""
+        sampling = request.sampling_params
+        self.requests["full" if opts_out(sampling and sampling.extra_args) else "razor"] += 1
+        self.recent.append(request.request_id)
+        self.changed = True
+
     def check(self, manager: Any) -> None:
         """Check the pools of an idle engine, and log what does not add up."""
         violations = check_pools(manager, idle=True)
@@ -165,11 +172,7 @@ def counting_requests(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if config_of(self.vllm_config.additional_config) is not None:
-            sampling = request.sampling_params
-            watch = watch_of(self)
-            watch.requests["full" if opts_out(sampling and sampling.extra_args) else "razor"] += 1
-            watch.recent.append(request.request_id)
-            watch.changed = True
+            watch_of(self).count(request)
         return original(self, request, *args, **kwargs)
 
     return add_request

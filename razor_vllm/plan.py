@@ -23,6 +23,7 @@ from razor_vllm.partition import RankHeads
 
 RETRIEVAL_POOL = "razor.layers.0.retrieval"
 LOCAL_POOL = "razor.layers.1.local"
+POOLS = (RETRIEVAL_POOL, LOCAL_POOL)
 
 _LOCAL_BLOCK_SIZES = (32, 48, 64, 96, 128)
 _BLOCK_STEP = 16

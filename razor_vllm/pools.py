@@ -25,7 +25,7 @@ from razor_vllm import compat
 from razor_vllm.config import config_of
 from razor_vllm.managers import register_specs
 from razor_vllm.partition import rank_heads
-from razor_vllm.plan import LOCAL_POOL, RETRIEVAL_POOL, MemoryPlan, plan_memory
+from razor_vllm.plan import POOLS, MemoryPlan, plan_memory
 from razor_vllm.specs import pool_specs
 from razor_vllm.support import check_layers
 
@@ -113,8 +113,13 @@ class Attachment:
         self.layer_index = {
             name: index for index, name in enumerate(sorted(layers, key=extract_layer_index))
         }
-        self.pools: tuple[Pool | None, Pool | None] = (None, None)
-        """Of the retrieval and of the local heads."""
+        quotas = (self.heads.retrieval_quota, self.heads.local_quota)
+        pools = [
+            Pool(name, index == 0, first.num_heads, first.attn_backend, self) if quota else None
+            for index, (name, quota) in enumerate(zip(POOLS, quotas, strict=True))
+        ]
+        self.pools = (pools[0], pools[1])
+        """Of the retrieval and of the local heads; None where there are none."""
 
     @functools.cached_property
     def plan(self) -> MemoryPlan:
@@ -178,24 +183,12 @@ def attach(vllm_config: VllmConfig) -> None:
         NotImplementedError: a layer of a kind that is not covered.
     """
     context = vllm_config.compilation_config.static_forward_context
-    if RETRIEVAL_POOL in context or LOCAL_POOL in context:
+    if any(name in context for name in POOLS):
         return
     register_specs()
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     check_layers(vllm_config, layers)
     attached = Attachment(vllm_config, layers)
-    first = next(iter(layers.values()))
-
-    def pool(name: str, retrieval: bool, num_slots: int) -> Pool | None:
-        if not num_slots:
-            return None
-        return Pool(name, retrieval, first.num_heads, first.attn_backend, attached)
-
-    heads = attached.heads
-    attached.pools = (
-        pool(RETRIEVAL_POOL, True, heads.retrieval_quota),
-        pool(LOCAL_POOL, False, heads.local_quota),
-    )
     pools = {pool.layer_name: pool for pool in attached.pools if pool is not None}
     context.update(pools)
     compat.share_cache(layers.values(), next(iter(pools)))
@@ -208,10 +201,10 @@ def attachment_of(vllm_config: VllmConfig) -> Attachment:
         RuntimeError: `attach` did not run in this process.
     """
     context = vllm_config.compilation_config.static_forward_context
-    for name in (RETRIEVAL_POOL, LOCAL_POOL):
+    for name in POOLS:
         if name in context:
             return context[name].attached
     raise RuntimeError(
         "razor: the policy did not attach to the model: expected the cache layers "
-        f"{RETRIEVAL_POOL} and {LOCAL_POOL}, found neither"
+        f"{' and '.join(POOLS)}, found neither"
     )

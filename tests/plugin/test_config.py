@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-from razor_vllm.flags import options_of
 from razor_vllm.config import RazorConfig, config_of
+from razor_vllm.flags import options_of
 
 
 @pytest.mark.parametrize(
