@@ -36,7 +36,10 @@ class Case(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Of heads and pages. stored: dtype of the cache, where it is not the queries'."""
+    """Of heads and pages. stored: dtype of the cache, where it is not the queries'.
+
+    head_major: whether q, k and v lie head by head in memory, so that their rows are strided.
+    """
 
     dtype: torch.dtype
     group: int
@@ -46,6 +49,7 @@ class Shape(NamedTuple):
     stored: torch.dtype | None = None
     soft_cap: float = 0.0
     alibi: bool = False
+    head_major: bool = False
 
     @property
     def name(self) -> str:
@@ -53,7 +57,7 @@ class Shape(NamedTuple):
         parts.append(f"pages{self.retrieval_block}-{self.local_block}")
         parts += [str(self.stored)[6:]] if self.stored else []
         parts += ["cap"] if self.soft_cap else []
-        return "-".join(parts + ["alibi"] * self.alibi)
+        return "-".join(parts + ["alibi"] * self.alibi + ["heads-first"] * self.head_major)
 
 
 CASES = (
@@ -95,6 +99,7 @@ SHAPES = (
     Shape(torch.bfloat16, 2, 64, alibi=True),
     # A query head a KV head: write and attention see heads of one shape and two dtypes.
     Shape(torch.bfloat16, 1, 64, stored=torch.float8_e4m3fn),
+    Shape(torch.float32, 4, 64, head_major=True),
 )
 
 
@@ -223,9 +228,14 @@ class Feed:
         return outputs
 
     def _rows(self, spans: list[tuple[int, int, int]], part: int) -> torch.Tensor:
-        """A step's q, k or v with padding, as rows of a wider tensor (as in a fused QKV)."""
+        """A step's q, k or v with padding, as rows of a wider tensor (as in a fused QKV).
+
+        Or head by head, where the shape says so.
+        """
         rows = [self.tensors[index][part][start:stop] for index, start, stop in spans]
         wide = torch.cat([*rows, torch.full((PADDING, *rows[0].shape[1:]), torch.nan)])
+        if self.shape.head_major:
+            return wide.to(rows[0].dtype).transpose(0, 1).contiguous().transpose(0, 1)
         flat = wide.to(rows[0].dtype).flatten(1)
         return torch.cat([flat, flat], dim=1)[:, : flat.shape[1]].unflatten(1, wide.shape[1:])
 

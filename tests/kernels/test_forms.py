@@ -1,6 +1,9 @@
 """The forms that run on a CPU, PyTorch's and the native one, against the oracle."""
 
 import logging
+import weakref
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -121,6 +124,55 @@ def test_every_build_that_runs_here_is_right(build: str, monkeypatch) -> None:
             check(native.NativeForm(), CASES[12], shape)
     finally:
         native.library.cache_clear()
+
+
+def test_a_copied_query_lives_through_the_call(monkeypatch) -> None:
+    """The library is given addresses: what they point at must not be freed before it returns."""
+    shape = Shape(torch.float32, 4, 64, head_major=True)
+    form = native.NativeForm()
+    copies: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    contiguous = torch.Tensor.contiguous
+
+    def copying(self: torch.Tensor) -> torch.Tensor:
+        copy = contiguous(self)
+        copies.append(weakref.ref(copy))
+        return copy
+
+    class Spy:
+        def __getattr__(self, name: str):
+            def call(*args):
+                alive.extend(copy() is not None for copy in copies)
+                copies.clear()
+                return getattr(native.library(), name)(*args)
+
+            return call
+
+    monkeypatch.setattr(form, "_library", Spy())
+    torch.manual_seed(0)
+    feed = Feed(Case("", (Request((40,), 0),), window=32), shape)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "contiguous", copying)
+        feed.run(form, params_of(shape))
+    assert len(alive) >= 3
+    assert all(alive)
+
+
+def test_a_stale_library_is_an_error(monkeypatch) -> None:
+    """Structs of another size than this file's are refused, not written to; nothing else serves."""
+
+    class Stale:
+        def razor_struct_sizes(self, sizes) -> None:
+            native.library().razor_struct_sizes(sizes)
+            sizes[1] += 8
+
+    for stale in (Stale(), object()):
+        with pytest.raises(native.StaleBuildError, match="is of another version"):
+            native._declared(stale, Path("_native.so"))  # type: ignore[arg-type]
+    error = native.StaleBuildError("stale")
+    monkeypatch.setattr(native, "NativeForm", mock.Mock(side_effect=error))
+    with pytest.raises(native.StaleBuildError):
+        forms.choose_form(setting(64, torch.float32))
 
 
 def setting(head_dim: int, dtype: torch.dtype) -> forms.Setting:
