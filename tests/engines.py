@@ -84,7 +84,8 @@ def run_script(
     name: str, model: Path, job: dict[str, Any], env: dict[str, str], paths: Sequence[Path] = ()
 ) -> Any:
     """What a script of tests/e2e prints after RESULT, from a process of its own."""
-    python_path = [TESTS, TESTS.parent / "models", *paths]
+    root = TESTS.parent
+    python_path = [root, root / "kernels", root / "serving", TESTS, root / "models", *paths]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, python_path)), **env}
     command = [sys.executable, str(TESTS / "e2e" / name), str(model), json.dumps(job)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)

@@ -1,4 +1,4 @@
-"""What is settled at start-up stays: lengths, page sizes and files that change later harm nothing."""
+"""What is settled at start-up stays: lengths, pages and files may change later."""
 
 from pathlib import Path
 

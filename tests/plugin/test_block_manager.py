@@ -8,6 +8,7 @@ query checks that every page it reads holds the signatures that it would have co
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from razor_kernels import DENSE_FOREVER
 from razor_vllm.compat import install_engine_patches
 from razor_vllm.config import RazorConfig
 from razor_vllm.heads.profile import HeadProfile
-from razor_vllm.managers import register_specs
+from razor_vllm.managers import LocalManager, register_specs
 from razor_vllm.partition import whole
 from razor_vllm.plan import MemoryPlan, PoolSizes
 from razor_vllm.policy import dense_until, policy_salt
@@ -321,3 +322,56 @@ def test_opt_out_holds_every_page() -> None:
     blocks = world.manager.coordinator.get_blocks("1")[LOCAL]
     assert len(blocks) == 10
     assert not any(block.is_null for block in blocks)
+
+
+class CountingPool:
+    """A prefix cache in which all pages but some are found; counts who asks.
+
+    missing: indices of pages. Hashes are the pages' indices.
+    """
+
+    hash_block_size = 32
+    null_block = object()
+
+    def __init__(self, missing: set[int]) -> None:
+        self.missing = missing
+        self.lookups = 0
+
+    def get_cached_block(self, block_hash: int, group_ids: list[int]) -> list[str] | None:
+        self.lookups += 1
+        return None if block_hash in self.missing else [f"page {block_hash}"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "length"),
+    [
+        ({0}, 0),
+        ({4095}, 4095 * 32),
+        ({2000}, 131072),
+        ({4000}, 4000 * 32),
+        # The window of a prefix that ends before page 4000 begins after page 3840.
+        ({3900, 4000}, 3900 * 32),
+        (set(range(1, 4000)), 32),
+    ],
+)
+def test_a_miss_costs_no_more_lookups_than_pages(missing: set[int], length: int) -> None:
+    """131k tokens, windowed: after a miss the search goes on where no prefix needs that page."""
+    spec = pool_specs(
+        MemoryPlan(
+            RazorConfig(window=4096, prefill="windowed"),
+            HEADS,
+            torch.float32,
+            PoolSizes(32, 32),
+            16,
+        )
+    )[1]
+    pool = CountingPool(missing)
+    groups, found = LocalManager._longest_windowed_hit(
+        list(range(4096)), 131072, [0], pool, spec, 32
+    )
+    assert found == length
+    assert len(groups[0]) == length // 32
+    assert pool.lookups <= 4096
+    kept = spec.window.first_kept_page(length) if length else 0
+    expected = {*range(min(spec.window.sink_pages, kept, length // 32)), *range(kept, length // 32)}
+    assert {i for i, page in enumerate(groups[0]) if page is not pool.null_block} == expected

@@ -259,6 +259,18 @@ def test_a_model_that_is_nowhere(tmp_path, monkeypatch, capsys) -> None:
     assert "no/such-model" in line
 
 
+def test_a_model_without_a_tokenizer_is_probed(model_dir, tmp_path, monkeypatch, capsys) -> None:
+    """Weights alone: the probe draws from the vocabulary that the model's config has."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model_dir / name, folder / name)
+    razor(monkeypatch, "calibrate", folder, "--period", "50", "--seeds", "0")
+    assert "KV heads retrieve" in capsys.readouterr().out
+    profile = read_profile(folder / "razor_profile.json")
+    assert max(x for row in profile.scores["induction"] for x in row) > 0
+
+
 def test_an_alibi_model_is_bounded(tmp_path, monkeypatch, capsys) -> None:
     """Calibrating it needs no other command: the weights say how far its heads see."""
     config = BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=50)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from razor_vllm.heads import profile as profile_module
 from razor_vllm.heads.profile import (
     MAX_BYTES,
     HeadProfile,
@@ -162,3 +163,31 @@ def test_the_profile_lies_beside_the_weights_or_in_the_cache(tmp_path: Path, mon
     path = write(tmp_path, GOOD)
     assert locate_profile(None, str(tmp_path)) == path
     assert locate_profile("/else/where.json", str(tmp_path)) == Path("/else/where.json")
+
+
+def test_a_revision_has_a_profile_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    """Beside that revision's weights or under its own name: never the main branch's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = []
+
+    def snapshot(model: str, name: str, revision: str | None = None) -> str | None:
+        asked.append(revision)
+        folder = tmp_path / "hub" / (revision or "main")
+        return str(folder / name) if folder.is_dir() else None
+
+    monkeypatch.setattr(profile_module, "try_to_load_from_cache", snapshot)
+    profile = HeadProfile(2, 2, 16, ((0,), ()))
+    write_profile(profile, cache_path("org/m"))
+    main = tmp_path / "hub" / "main" / "razor_profile.json"
+    write_profile(profile, main)
+    assert locate_profile(None, "org/m") == main
+    with pytest.raises(ValueError, match="razor calibrate org/m --revision B "):
+        locate_profile(None, "org/m", "B")
+    write_profile(profile, cache_path("org/m", "B"))
+    assert locate_profile(None, "org/m", "B") == cache_path("org/m", "B") != cache_path("org/m")
+    own = tmp_path / "hub" / "B" / "razor_profile.json"
+    write_profile(profile, own)
+    assert locate_profile(None, "org/m", "B") == own
+    assert "B" in asked
+    # A folder has no revisions.
+    assert cache_path(str(tmp_path), "B") == cache_path(str(tmp_path))

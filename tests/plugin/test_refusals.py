@@ -8,12 +8,15 @@ from typing import Any
 
 import make_random_llama
 import pytest
+import torch
 from engines import NO_HEADS, engine, profile_file
+from vllm.config import get_layers_from_vllm_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.model_executor.layers.attention import Attention
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from razor_vllm.heads.profile import read_profile
-from razor_vllm.support import check_engine
+from razor_vllm.support import check_engine, check_layers
 
 RAZOR = {"razor": {"window": 64}}
 CONFIGS = (
@@ -141,6 +144,36 @@ def test_layers_that_are_not_covered(model_dir: Path, tmp_path: Path, changes, f
         pass
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize("skipped", ["0", "3"])
+def test_layers_of_unequal_cache_types_are_refused(model_dir: Path, skipped: str) -> None:
+    """`--kv-cache-dtype-skip-layers`: a page holds heads of all layers, in one type."""
+    with (
+        pytest.raises(NotImplementedError, match="layers differ in kv_cache_dtype"),
+        engine(
+            model_dir,
+            {"window": 64},
+            max_model_len=1024,
+            kv_cache_dtype="fp8",
+            kv_cache_dtype_skip_layers=[skipped],
+        ),
+    ):
+        pass
+
+
+@pytest.mark.engine
+def test_scales_per_head_are_refused(model_dir: Path) -> None:
+    """The kernels take one scale a layer, as checkpoints mostly have it."""
+    with engine(model_dir, max_model_len=1024) as llm:
+        vllm_config = llm.llm_engine.vllm_config
+        layers = get_layers_from_vllm_config(vllm_config, Attention)
+        check_layers(vllm_config, layers)
+        last = list(layers.values())[-1]
+        last._v_scale = torch.ones(last.num_kv_heads)
+        with pytest.raises(NotImplementedError, match="scale of the KV cache for each head"):
+            check_layers(vllm_config, layers)
+
+
 def test_bad_profiles_stop_the_start(model_dir: Path, tmp_path: Path, monkeypatch) -> None:
     """Missing, of another model, or empty of retrieval heads."""
     with pytest.raises(ValueError, match="cannot read head profile /none.json"):
@@ -187,6 +220,9 @@ def test_flags_and_additional_config_are_one(model_dir: Path) -> None:
         "razor": {"policy": "razor", "window": 64, "prefill": "windowed", "sinks": 8},
     }
     assert not parse("--model", str(model_dir)).additional_config
+    # An explicit full wins over what else is said.
+    off = parse("--model", str(model_dir), "--kv-policy", "full", *extra)
+    assert off.additional_config == {"other": 1}
     with pytest.raises(ValueError, match="--razor-sinks has no effect"):
         parse("--model", str(model_dir), "--razor-sinks", "8")
     with pytest.raises(ValueError, match="policy is 'h2o'; accepted are full, razor"):
