@@ -1,11 +1,11 @@
 """vLLM's CPU worker, started as its CUDA worker is: with CUDA graphs (see `graph_standin`).
 
-    CUDA (`vllm/v1/worker/gpu_worker.py`)       here
-    profile_run                                 the same
-    profile_cudagraph_memory                    the same, on a throw-away cache
-    initialize_from_config                      the same
-    kernel warm-up, capture_model               CUDA's own `compile_or_warm_up_model`
-    sleep                                       what was in the cache is lost, all else is kept
+CUDA (`vllm/v1/worker/gpu_worker.py`)       here
+profile_run                                 the same
+profile_cudagraph_memory                    the same, on a throw-away cache
+initialize_from_config                      the same
+kernel warm-up, capture_model               CUDA's own `compile_or_warm_up_model`
+sleep                                       what was in the cache is lost, all else is kept
 """
 
 from collections.abc import Callable

@@ -146,32 +146,27 @@ def _buffer_of_a_step() -> None:
     RazorMetadataBuilder._dense_until = fresh
 
 
-def _converted(name: str) -> Callable[[], None]:
-    """A tensor of the runner's is converted, which copies it."""
+def _converted_buffer() -> None:
+    """The runner's slot mapping is converted, which copies it."""
+    from razor_vllm.backend import RazorMetadataBuilder
 
-    def seed() -> None:
-        from razor_vllm.backend import RazorMetadataBuilder
+    original = RazorMetadataBuilder.build
 
-        original = RazorMetadataBuilder.build
+    def build(
+        self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> Any:
+        mapping = common_attn_metadata.slot_mapping.int().long()
+        common = replace(common_attn_metadata, slot_mapping=mapping)
+        return original(self, common_prefix_len, common, fast_build)
 
-        def build(self: Any, common_prefix_len: int, common: Any, *args: Any, **kwargs: Any) -> Any:
-            tensor = getattr(common, name)
-            other = tensor.double().to(tensor.dtype)
-            return original(
-                self, common_prefix_len, replace(common, **{name: other}), *args, **kwargs
-            )
-
-        RazorMetadataBuilder.build = build
-
-    return seed
+    RazorMetadataBuilder.build = build
 
 
 FAULTS: dict[str, Callable[[], None]] = {
     "stale cache": _stale_cache,
     "grid by content": _grid_by_content,
     "buffer of a step": _buffer_of_a_step,
-    "converted slot_mapping": _converted("slot_mapping"),
-    "converted seq_lens": _converted("seq_lens"),
+    "converted buffer": _converted_buffer,
 }
 
 
