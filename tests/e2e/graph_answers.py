@@ -3,13 +3,18 @@
 Started by test_graphs.py in a process of its own: what makes vLLM take Triton is read from
 the environment when vLLM is imported, and graphs are stood in for before that.
 
-    python graph_answers.py MODEL '{"razor": {...}, "options": {...}, "rounds": [...], ...}'
+    python graph_answers.py MODEL '{"razor": {...}, "max_tokens": 4, "runs": [...]}'
+
+A run, of an engine of its own: {"options": {...}, "rounds": [...], "fault": null or a name}.
+A round: ["serve" | "reinitialize" | "sleep", lengths of its prompts].
 """
 
 import collections
+import contextlib
+import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,44 +27,54 @@ def main() -> None:
     model, job = Path(sys.argv[1]), json.loads(sys.argv[2])
     standin = GraphStandIn()
     with standin.installed():
-        try:
-            result = serve(model, job, standin)
-        except Exception as error:
-            if job["fault"] is None:
-                raise
-            result = {"error": repr(error)}
-    print("RESULT " + json.dumps(result))
+        from graph_worker import take_graphs
+
+        take_graphs(standin)
+        results = [
+            serve(model, {**job, **run}, standin)
+            if run["fault"] is None
+            else serve_with_fault(model, {**job, **run}, standin)
+            for run in job["runs"]
+        ]
+    print("RESULT " + json.dumps(results))
 
 
-def serve(model: Path, job: dict[str, Any], standin: GraphStandIn) -> dict[str, Any]:
-    """Rounds of answers; before each of them, what its first word says.
-
-    A round: ["serve" | "reinitialize" | "sleep", lengths of its prompts].
-    """
+def serve(model: Path, run: dict[str, Any], standin: GraphStandIn) -> dict[str, Any]:
+    """Rounds of answers; before each of them, what its first word says."""
     from engines import answers, engine, prompts
-    from graph_worker import take_graphs
 
-    take_graphs(standin)
-    batches = watched_batches()
-    if job["fault"] is not None:
-        FAULTS[job["fault"]]()
-    options = {"worker_cls": "graph_worker.GraphWorker", "enforce_eager": False, **job["options"]}
-    with engine(model, job["razor"], **options) as llm:
-        captures, rounds = standin.captures, []
-        for before, lengths in job["rounds"]:
+    options = {"worker_cls": "graph_worker.GraphWorker", "enforce_eager": False, **run["options"]}
+    captures, replays, rounds = standin.captures, standin.replays, []
+    with watched_batches() as batches, engine(model, run["razor"], **options) as llm:
+        for before, lengths in run["rounds"]:
             BEFORE[before](llm)
-            rounds.append(answers(llm, prompts(lengths), job["max_tokens"]))
+            rounds.append(answers(llm, prompts(lengths), run["max_tokens"]))
         return {
             "rounds": rounds,
-            "captures": captures,
-            "replays": standin.replays,
+            "captures": standin.captures - captures,
+            "replays": standin.replays - replays,
             "batches": [[*batch, count] for batch, count in batches.items()],
             "still_held": standin.still_held(),
         }
 
 
-def watched_batches() -> "collections.Counter[tuple[str, int, int]]":
-    """A counter of (kind of graph, tokens, tokens with padding) of batches from now on."""
+def serve_with_fault(model: Path, run: dict[str, Any], standin: GraphStandIn) -> dict[str, Any]:
+    """The same, or the error that it ended in."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    with FAULTS[run["fault"]]():
+        try:
+            return serve(model, run, standin)
+        except Exception as error:
+            found = repr(error)
+    cleanup_dist_env_and_memory()
+    gc.collect()
+    return {"error": found}
+
+
+@contextlib.contextmanager
+def watched_batches() -> Iterator["collections.Counter[tuple[str, int, int]]"]:
+    """A counter of (kind of graph, tokens, tokens with padding) of batches."""
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
     seen: collections.Counter[tuple[str, int, int]] = collections.Counter()
@@ -70,8 +85,8 @@ def watched_batches() -> "collections.Counter[tuple[str, int, int]]":
         seen[found.cg_mode.name, num_tokens, found.num_tokens] += 1
         return found
 
-    CudaGraphManager.dispatch = dispatch
-    return seen
+    with patch.object(CudaGraphManager, "dispatch", dispatch):
+        yield seen
 
 
 # --- What happens between rounds --------------------------------------------------------
@@ -100,7 +115,7 @@ BEFORE: dict[str, Callable[[Any], None]] = {
 # --- Faults that a test must catch ------------------------------------------------------
 
 
-def _stale_cache() -> None:
+def _stale_cache() -> Any:
     """A pool hands out the first memory that it was given, for ever."""
     from razor_vllm.pools import Pool
 
@@ -111,30 +126,34 @@ def _stale_cache() -> None:
         if "kept" not in pool.__dict__ or pool.__dict__["kept"].numel() == 0:
             pool.__dict__["kept"] = cache
 
-    Pool.kv_cache = property(read, write)
+    return patch.object(Pool, "kv_cache", property(read, write), create=True)
 
 
-def _grid_by_content() -> None:
+@contextlib.contextmanager
+def _grid_by_content() -> Iterator[None]:
     """Decode's grid is as large as the lengths of the step that it is made in ask for."""
     from razor_kernels.triton_form import TritonForm
 
-    plan, attention, max_units = TritonForm.plan, TritonForm.attention, TritonForm.max_units
+    plan, attention = TritonForm.plan, TritonForm.attention
 
     def planning(self: Any, step: Any) -> None:
         self.is_short = int(step.seq_lens.max()) <= 16
         plan(self, step)
 
     def attending(self: Any, *args: Any) -> None:
-        units = 0 if self.is_short else None
-        with patch.object(
-            TritonForm, "max_units", lambda form, n: max_units(form, n) if units is None else units
-        ):
-            attention(self, *args)
+        if not self.is_short:
+            return attention(self, *args)
+        with patch.object(TritonForm, "max_units", lambda form, num_requests: 0):
+            return attention(self, *args)
 
-    TritonForm.plan, TritonForm.attention = planning, attending
+    with (
+        patch.object(TritonForm, "plan", planning),
+        patch.object(TritonForm, "attention", attending),
+    ):
+        yield
 
 
-def _buffer_of_a_step() -> None:
+def _buffer_of_a_step() -> Any:
     """`dense_until` lies in a new buffer each step."""
     from razor_vllm.backend import RazorMetadataBuilder
 
@@ -143,10 +162,10 @@ def _buffer_of_a_step() -> None:
     def fresh(self: Any, num_requests: int) -> Any:
         return original(self, num_requests).clone()
 
-    RazorMetadataBuilder._dense_until = fresh
+    return patch.object(RazorMetadataBuilder, "_dense_until", fresh)
 
 
-def _converted_buffer() -> None:
+def _converted_buffer() -> Any:
     """The runner's slot mapping is converted, which copies it."""
     from razor_vllm.backend import RazorMetadataBuilder
 
@@ -159,10 +178,10 @@ def _converted_buffer() -> None:
         common = replace(common_attn_metadata, slot_mapping=mapping)
         return original(self, common_prefix_len, common, fast_build)
 
-    RazorMetadataBuilder.build = build
+    return patch.object(RazorMetadataBuilder, "build", build)
 
 
-FAULTS: dict[str, Callable[[], None]] = {
+FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "stale cache": _stale_cache,
     "grid by content": _grid_by_content,
     "buffer of a step": _buffer_of_a_step,
