@@ -269,8 +269,10 @@ class GraphStandIn(TorchDispatchMode):
         return sum(storage.nbytes() for storage in live if storage is not None)
 
     def check_use(self, storages: Iterable[torch.UntypedStorage]) -> None:
-        """Raises:
-        FreedMemory: one of them was given back.
+        """See that none of them was given back.
+
+        Raises:
+            FreedMemory: one was.
         """
         gone = {storage._cdata for ref in self._given_back if (storage := ref()) is not None}
         if gone and any(storage._cdata in gone for storage in storages):

@@ -59,7 +59,7 @@ def serve(model: Path, run: dict[str, Any], standin: GraphStandIn) -> dict[str, 
 
 
 def serve_with_fault(model: Path, run: dict[str, Any], standin: GraphStandIn) -> dict[str, Any]:
-    """The same, or the error that it ended in."""
+    """The same with the run's fault seeded, or the error that it ended in."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     with FAULTS[run["fault"]]():
