@@ -54,8 +54,8 @@ needle: $(VENV)/.cpu ## facts in a haystack under every policy, with heat-maps i
 load: $(VENV)/.cpu $(VENV)/.test ## the same load under full and under razor: a report in build/load
 	$(BIN)/python -m benchmarks.load models/needle/weights --razor-window 256 --output build/load $(ARGS)
 
-gpu-check: ## on a CUDA machine: correctness, kernel speed and the engine's slopes; PROFILE=head profile of an 8B Llama
-	$(PYTHON) -m benchmarks.gpu_check --profile $(PROFILE) --output benchmarks/results/gpu-check.json $(ARGS)
+gpu-check: ## on a CUDA machine: a verdict a line, then times of what is right; PROFILE=head profile of an 8B Llama
+	$(PYTHON) -m benchmarks.gpu $(if $(PROFILE),--profile $(PROFILE)) --output benchmarks/results/gpu-check.json $(ARGS)
 
 image: ## the CPU image
 	docker build -f docker/Dockerfile.cpu -t razor-vllm:cpu .
