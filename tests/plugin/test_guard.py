@@ -76,7 +76,7 @@ print("RESULT " + json.dumps({
         ("vllm.__version__ = 'our own'", "found our own"),
         (
             "del EngineCore._initialize_kv_caches; before[0].pop('_initialize_kv_caches')",
-            "no _init",
+            "has no _initialize",
         ),
         ("sys.modules['vllm.v1.core.kv_cache_utils'] = None", "kv_cache_utils"),
     ],
