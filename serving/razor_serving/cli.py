@@ -21,6 +21,18 @@ from razor_serving import cpu_setup
 _DRAIN_SECONDS = 30
 """Time that requests in flight get at SIGTERM."""
 _DTYPES = ["bfloat16", "float16", "float32"]
+_COUNTS = {
+    "api-server-count": "-asc",
+    "data-parallel-size": "-dp",
+    "data-parallel-size-local": "-dpl",
+    "data-parallel-rank": "-dpn",
+    "data-parallel-start-rank": "-dpr",
+}
+_BALANCERS = {
+    "data-parallel-multi-port-external-lb": "-dpm",
+    "data-parallel-external-lb": "-dpe",
+    "data-parallel-hybrid-lb": "-dph",
+}
 
 
 def _request_to_copy(host: str, port: int, model: str) -> str:
@@ -39,7 +51,8 @@ def _serve(model: str, options: list[str]) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--served-model-name", default=model)
     parser.add_argument("--kv-policy")
-    parser.add_argument("--shutdown-timeout")
+    parser.add_argument("--shutdown-timeout", "--shutdown_timeout", type=int)
+    _add_counts(parser)
     known, _ = parser.parse_known_args(options)
     policy = [] if known.kv_policy else ["--kv-policy", "razor"]
     shown = "127.0.0.1" if known.host in ("0.0.0.0", "::") else known.host
@@ -49,8 +62,7 @@ def _serve(model: str, options: list[str]) -> None:
         flush=True,
     )
     network = [] if "--host" in options else ["--host", known.host]
-    # vLLM drops requests in flight at SIGTERM where it is not given time for them.
-    drain = [] if known.shutdown_timeout else ["--shutdown-timeout", str(_DRAIN_SECONDS)]
+    drain = _drain(known.shutdown_timeout, _num_api_servers(known))
     sys.argv = ["vllm", "serve", model, *policy, *network, *drain, *options]
     vllm_main()
     from razor_serving import endpoints
@@ -58,6 +70,51 @@ def _serve(model: str, options: list[str]) -> None:
     if endpoints.engine_died():
         print("razor: the engine ended by itself; the log above says why", file=sys.stderr)
         sys.exit(1)
+
+
+def _add_counts(parser: argparse.ArgumentParser) -> None:
+    """vLLM's options that decide how many API servers it starts."""
+    for name, short in _COUNTS.items():
+        parser.add_argument(f"--{name}", "--" + name.replace("-", "_"), short, type=int)
+    for name, short in _BALANCERS.items():
+        long_names = (f"--{name}", "--" + name.replace("-", "_"))
+        parser.add_argument(*long_names, short, action="store_true")
+
+
+def _num_api_servers(known: argparse.Namespace) -> int:
+    """How many API servers vLLM will start (`ServeSubcommand.cmd`)."""
+    if known.api_server_count is not None:
+        return known.api_server_count
+    if (
+        known.data_parallel_multi_port_external_lb
+        or known.data_parallel_external_lb
+        or known.data_parallel_rank is not None
+    ):
+        return 1
+    if known.data_parallel_hybrid_lb or known.data_parallel_start_rank is not None:
+        return known.data_parallel_size_local or 1
+    return known.data_parallel_size or 1
+
+
+def _drain(asked: int | None, num_api_servers: int) -> list[str]:
+    """Time for requests in flight at SIGTERM: vLLM drops them where it is given none.
+
+    Several API servers let go of the engine at SIGTERM, whatever the time: their streams hang
+    until it is over and break then, and new requests hang with them.
+    """
+    if num_api_servers <= 1:
+        return [] if asked is not None else ["--shutdown-timeout", str(_DRAIN_SECONDS)]
+    if asked is None:
+        what = "they end at once; --shutdown-timeout stays 0"
+    else:
+        what = f"under --shutdown-timeout {asked} they hang for {asked} s, and break then"
+    if asked != 0:
+        print(
+            f"razor: with {num_api_servers} API servers, requests in flight at SIGTERM are lost: "
+            f"{what}",
+            flush=True,
+        )
+    return []
 
 
 def _calibrate(args: argparse.Namespace) -> None:

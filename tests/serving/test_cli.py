@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,67 @@ def test_bad_input_is_one_line_and_status_two(
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What `razor serve` hands to vLLM."""
+    from vllm.entrypoints.cli import main
+
+    handed: list[str] = []
+    monkeypatch.setattr(main, "main", lambda: handed.extend(sys.argv))
+
+    def serve(*options: str) -> list[str]:
+        handed.clear()
+        razor(monkeypatch, "serve", "model", *options)
+        return list(handed)
+
+    return serve
+
+
+def test_requests_in_flight_get_half_a_minute(told: Callable[..., list[str]], capsys) -> None:
+    """Unless the user says otherwise; with one API server there is nothing to add."""
+    before = ["vllm", "serve", "model", "--kv-policy", "razor", "--host", "127.0.0.1"]
+    assert told() == [*before, "--shutdown-timeout", "30"]
+    for options in (["--shutdown-timeout", "0"], ["--shutdown_timeout=7", "-asc", "1"]):
+        assert told(*options) == [*before, *options]
+    assert "razor: " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "servers"),
+    [
+        (["--api-server-count", "2"], 2),
+        (["-asc=3", "--data-parallel-size", "2"], 3),
+        (["-dp", "4"], 4),
+        (["-dp", "4", "-dph", "-dpl", "2"], 2),
+        (["-dp", "4", "--data_parallel_rank", "1"], 1),
+        (["-dp", "4", "-dpe"], 1),
+        (["-dp", "4", "-asc", "1"], 1),
+    ],
+)
+def test_several_api_servers_get_no_time(
+    told: Callable[..., list[str]], capsys, options: list[str], servers: int
+) -> None:
+    """With them vLLM's time for requests is time that they hang; one line says so."""
+    assert ("--shutdown-timeout" in told(*options)) == (servers == 1)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("razor: ")]
+    assert len(said) == (servers > 1)
+    assert all(f"with {servers} API servers, requests in flight at SIGTERM" in x for x in said)
+    told(*options, "--shutdown-timeout", "9")
+    assert ("hang for 9 s" in capsys.readouterr().out) == (servers > 1)
+    told(*options, "--shutdown-timeout", "0")
+    assert "in flight" not in capsys.readouterr().out
+
+
+def test_the_options_that_count_servers_are_vllms() -> None:
+    """Each of their names and short names means the same to vLLM's own parser."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    known = make_arg_parser(FlexibleArgumentParser())._option_string_actions
+    for name, short in {**cli._COUNTS, **cli._BALANCERS}.items():
+        assert known[f"--{name}"] is known[short]
 
 
 def test_show_prints_and_draws(model_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:
