@@ -7,12 +7,15 @@ Loaded by entry point (`vllm.endpoint_plugins`) where `VLLM_PLUGINS` names it, w
 import argparse
 import asyncio
 import functools
+import logging
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.tasks import SupportedTask
+from vllm.v1.engine import async_llm
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from razor_serving import access, page
 from razor_serving.metrics import PoolMetrics, keep_current
@@ -40,6 +43,29 @@ def _watch_end(engine_client: Any, state: State) -> None:
         return shutdown(*args, **kwargs)
 
     engine_client.shutdown = noting
+
+
+def _is_stopping(state: State) -> bool:
+    return getattr(state, "razor_draining", False)
+
+
+class CleanStop(logging.Filter):
+    """Drops the traceback that vLLM logs at most stops, where no request was left.
+
+    To stop, vLLM's client closes its sockets, and only then ends the task that waits for
+    the engine's outputs. A task that runs in between takes the engine for dead.
+    """
+
+    def __init__(self, engine_client: Any, state: State) -> None:
+        super().__init__()
+        self._client = engine_client
+        self._state = state
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, EngineDeadError) or not _is_stopping(self._state):
+            return True
+        return self._client.get_num_unfinished_requests() > 0
 
 
 class RazorEndpoints:
@@ -75,7 +101,10 @@ class RazorEndpoints:
             return
         state.razor = Service(engine_client)
         _watch_end(engine_client, state)
+        logging.getLogger(async_llm.__name__).addFilter(CleanStop(engine_client, state))
         if vllm_config.parallel_config._api_process_rank <= 0 and state.log_stats:
             # One process of several: they would all report the same engines.
             metrics = PoolMetrics(vllm_config, config)
-            self._task = asyncio.create_task(keep_current(metrics, state.razor.reader))
+            self._task = asyncio.create_task(
+                keep_current(metrics, state.razor.reader, lambda: _is_stopping(state))
+            )

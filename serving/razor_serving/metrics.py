@@ -15,15 +15,18 @@ seconds, or less often where reading them takes long.
     vllm:razor_requests          policy         counter: requests that reached the engine
     vllm:razor_integrity                        1: the last check found nothing, 0: something
     vllm:razor_integrity_checks  result         counter: intact, violated
+    vllm:razor_read_timestamp_seconds           when these figures were read, Unix time
     vllm:razor_config_info       window, ...    1
 
-Free pages are of either pool: their `pool` is `any`. The shares are NaN while no request holds a
-page.
+An engine in a long step is not read, nor is one that was told to end: the figures stay, and
+`time() - vllm:razor_read_timestamp_seconds` is their age. Free pages are of either pool: their
+`pool` is `any`. The shares are NaN while no request holds a page.
 """
 
 import asyncio
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import Counter, Gauge
@@ -31,7 +34,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from razor_serving.reader import MemoryReader
+from razor_serving.reader import EngineStopping, MemoryReader, Reading
 from razor_vllm.config import RazorConfig
 
 logger = init_logger("vllm.razor")
@@ -74,13 +77,16 @@ class PoolMetrics:
         )
         self.requests = _counter("requests", "Requests that reached the engine.", "policy")
         self.checks = _counter("integrity_checks", "Integrity checks made.", "result")
+        self.read_at = _gauge("read_timestamp_seconds", "Unix time at which figures were read.")
         fields = ("window", "window_ratio", "sinks", "prefill")
         info = _gauge("config_info", "Options of the policy.", *fields)
         info.labels(self._model, "0", *(str(getattr(config, name)) for name in fields)).set(1)
 
-    def update(self, engines: Sequence[dict[str, Any]]) -> None:
+    def update(self, reading: Reading) -> None:
         """Take over the figures of all engines, as `core_memory.razor_memory` gives them."""
-        for index, figures in enumerate(engines):
+        read_at = time.time() - reading.age
+        for index, figures in enumerate(reading.engines):
+            self.read_at.labels(self._model, str(index)).set(read_at)
             self._update_pages(str(index), figures)
             self._update_shares(str(index), figures)
             self._update_counters(str(index), figures)
@@ -123,17 +129,28 @@ class PoolMetrics:
         self._seen[key] = total
 
 
-async def keep_current(metrics: PoolMetrics, reader: MemoryReader) -> None:
-    """Update the metrics for as long as the engines live."""
-    while True:
+async def keep_current(
+    metrics: PoolMetrics, reader: MemoryReader, stopping: Callable[[], bool]
+) -> None:
+    """Update the metrics until the engines end, or are told to.
+
+    Whatever else keeps the figures from being read is logged once, and again when it changes.
+    """
+    trouble = ""
+    while not stopping():
         busy = 0.0
         try:
             reading = await reader.read()
-            metrics.update(reading.engines)
+            metrics.update(reading)
             busy = max(figures["seconds"] for figures in reading.engines)
-        except EngineDeadError:
+            trouble = ""
+        except (EngineDeadError, EngineStopping):
             return
+        except TimeoutError:
+            logger.debug("pool metrics not read: the engine is in a long step")
         except Exception as error:
-            # A shutdown in progress refuses calls; a step longer than the wait is no error.
-            logger.debug("pool metrics not read: %s", error)
+            found = f"{type(error).__name__}: {error}"
+            if found != trouble:
+                logger.warning("pool metrics not read, they stay as they are", exc_info=True)
+            trouble = found
         await asyncio.sleep(max(INTERVAL_SECONDS, busy / _MOST_BUSY))

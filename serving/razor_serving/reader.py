@@ -5,6 +5,7 @@ import time
 from typing import Any, NamedTuple
 
 from vllm.engine.protocol import EngineClient
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from razor_vllm.core_memory import UTILITY
 
@@ -12,6 +13,12 @@ FRESH_SECONDS = 0.25
 """A reading of that age is answered again."""
 WAIT_SECONDS = 10.0
 """Longest wait for an engine that is in the middle of a step."""
+_REFUSED = "Server shutting down"
+"""What vLLM's engine answers to every call of this kind once it was told to end."""
+
+
+class EngineStopping(Exception):
+    """The engine was told to end, and takes no more calls."""
 
 
 class Reading(NamedTuple):
@@ -38,10 +45,13 @@ class MemoryReader:
 
         Raises:
             TimeoutError: an engine did not answer, and never has.
+            EngineStopping: an engine was told to end.
             EngineDeadError: an engine is gone.
         """
+        if self._client.errored:
+            raise EngineDeadError()
         last = self._last.get(list_requests)
-        if last is not None and last.age < FRESH_SECONDS and not self._client.errored:
+        if last is not None and last.age < FRESH_SECONDS:
             return last
         task = self._under_way.get(list_requests)
         if task is None:
@@ -51,13 +61,21 @@ class MemoryReader:
         try:
             return await asyncio.wait_for(asyncio.shield(task), WAIT_SECONDS)
         except TimeoutError:
+            # A call to an engine that died meanwhile is never answered.
+            if self._client.errored:
+                raise EngineDeadError() from None
             if last is None:
                 raise
             return last
 
     async def _call(self, list_requests: bool) -> Reading:
         # The front end's own way to run a method between two steps of the engine.
-        engines = await self._client.engine_core.call_utility_all_async(UTILITY, list_requests)
+        try:
+            engines = await self._client.engine_core.call_utility_all_async(UTILITY, list_requests)
+        except Exception as error:
+            if str(error) == _REFUSED:
+                raise EngineStopping(_REFUSED) from None
+            raise
         return Reading(engines, time.monotonic())
 
     def _finish(self, list_requests: bool, task: asyncio.Task[Reading]) -> None:

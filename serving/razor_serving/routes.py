@@ -1,21 +1,25 @@
 """Read-only routes: what the policy is, what it holds, which heads retrieve, what would fit."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import torch
 from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException as AnyHTTPException
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from razor_serving import schemas
 from razor_serving.access import OUR_PREFIX
-from razor_serving.reader import MemoryReader, Reading
+from razor_serving.reader import WAIT_SECONDS, EngineStopping, MemoryReader, Reading
 from razor_vllm.config import KVPolicy, RazorConfig, config_of, profile_of
 from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.partition import RankHeads, partition, pipeline_stages
@@ -23,13 +27,47 @@ from razor_vllm.plan import MemoryPlan, PoolSizes
 from razor_vllm.policy import REQUEST_KEY
 from razor_vllm.report import Capacity, mix_memory, request_memory
 
+logger = init_logger("vllm.razor")
+
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "Bad parameter"},
     401: {"model": ErrorResponse, "description": "No API key, where the server has one"},
-    503: {"model": ErrorResponse, "description": "The engine does not answer"},
+    500: {"model": ErrorResponse, "description": "A fault of the server; its log has it"},
+    503: {"model": ErrorResponse, "description": "The engine is gone, stopping, or in a step"},
 }
 
-router = APIRouter(prefix=OUR_PREFIX, tags=["razor"], responses=_ERRORS)
+
+class Guarded(APIRoute):
+    """A route that tells an engine that cannot answer from a fault of ours.
+
+    Left to vLLM's handlers, a `ValueError` of ours would be the client's 400, and no log
+    would have it.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except (AnyHTTPException, RequestValidationError, VLLMValidationError):
+                raise
+            except EngineDeadError:
+                raise HTTPException(503, "The engine is not running") from None
+            except EngineStopping:
+                raise HTTPException(503, "The server is shutting down") from None
+            except TimeoutError:
+                late = f"The engine is in a step that takes more than {WAIT_SECONDS:.0f} s"
+                raise HTTPException(503, late, {"Retry-After": "10"}) from None
+            except Exception as error:
+                logger.exception("%s %s failed", request.method, request.url.path)
+                told = f"{type(error).__name__} in the server; its log has the traceback"
+                raise HTTPException(500, told) from error
+
+        return guarded
+
+
+router = APIRouter(prefix=OUR_PREFIX, tags=["razor"], responses=_ERRORS, route_class=Guarded)
 
 
 class Service:
@@ -56,17 +94,8 @@ class Service:
         return partition(self.profile, parallel.tensor_parallel_size, stages)
 
     async def memory(self, list_requests: bool = False) -> Reading:
-        """The engines' figures.
-
-        Raises:
-            HTTPException: 503, where an engine is gone or does not answer.
-        """
-        try:
-            return await self.reader.read(list_requests)
-        except EngineDeadError:
-            raise HTTPException(503, "The engine is not running") from None
-        except Exception as error:
-            raise HTTPException(503, f"The engine does not answer: {error}") from error
+        """The engines' figures, as `MemoryReader.read` gives them and raises."""
+        return await self.reader.read(list_requests)
 
     async def plan(self) -> tuple[MemoryPlan, dict[str, Any]]:
         """The plan that the first engine's pools follow, and its figures."""

@@ -1,9 +1,12 @@
 """How the routes come into vLLM's application, without an engine."""
 
+import logging
 import os
 from argparse import Namespace
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +16,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from razor_serving.endpoints import RazorEndpoints
+from razor_serving.endpoints import CleanStop, RazorEndpoints
+from razor_serving.reader import EngineStopping
 from razor_vllm.config import config_of
 from razor_vllm.endpoints import turn_on_endpoints
 
@@ -72,6 +77,76 @@ def test_without_an_engine_the_routes_say_so(monkeypatch) -> None:
     answer = client.get("/v1/razor/memory")
     assert answer.status_code == 503
     assert "no engine under the policy razor" in answer.text
+
+
+@pytest.fixture
+def complaints() -> Iterator[list[logging.LogRecord]]:
+    """What our logger is told."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("vllm.razor").addHandler(handler)
+    yield records
+    logging.getLogger("vllm.razor").removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "message"),
+    [
+        (EngineDeadError(), 503, "The engine is not running"),
+        (EngineStopping("x"), 503, "The server is shutting down"),
+        (TimeoutError(), 503, "The engine is in a step that takes more than 10 s"),
+        (ValueError("seven"), 500, "ValueError in the server; its log has the traceback"),
+        (KeyError("pools"), 500, "KeyError in the server; its log has the traceback"),
+    ],
+)
+def test_each_fault_is_called_by_its_name(
+    monkeypatch, complaints, fault: Exception, status: int, message: str
+) -> None:
+    """An engine that is gone, stopping or in a step, and a fault of ours, which is logged."""
+
+    async def memory(list_requests: bool = False) -> None:
+        raise fault
+
+    app = application(monkeypatch, kv_policy="razor")
+    app.state.razor = SimpleNamespace(memory=memory)
+    answer = TestClient(app).get("/v1/razor/memory")
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"] == message
+    assert [record.exc_info[1] for record in complaints] == ([fault] if status == 500 else [])
+
+
+def test_what_the_client_did_wrong_stays_its_own(monkeypatch, complaints) -> None:
+    """A refusal is neither a 500 nor logged."""
+    app = application(monkeypatch, kv_policy="razor")
+    app.state.razor = SimpleNamespace()
+    client = TestClient(app)
+    assert client.get("/v1/razor/heads", headers={"Accept": "text/html"}).status_code == 406
+    assert client.get("/v1/razor/memory", params={"requests": "perhaps"}).status_code == 422
+    deep = client.post("/v1/razor/estimate", content=b"[" * 60000)
+    assert deep.status_code in (400, 422)
+    assert complaints == []
+
+
+@pytest.mark.parametrize(
+    ("stopping", "unfinished", "error", "logged"),
+    [
+        (True, 0, EngineDeadError(), False),
+        (True, 1, EngineDeadError(), True),
+        (False, 0, EngineDeadError(), True),
+        (True, 0, ValueError("x"), True),
+        (True, 0, None, True),
+    ],
+)
+def test_a_dead_engine_is_no_news_at_a_clean_stop(
+    stopping: bool, unfinished: int, error: Exception | None, logged: bool
+) -> None:
+    """It is at any other time, with a request that is lost by it, and so is any other error."""
+    client = SimpleNamespace(get_num_unfinished_requests=lambda: unfinished)
+    state: Any = SimpleNamespace(razor_draining=True) if stopping else SimpleNamespace()
+    info = None if error is None else (type(error), error, None)
+    record = logging.LogRecord("vllm", logging.ERROR, "f", 1, "failed", (), info)
+    assert CleanStop(client, state).filter(record) == logged
 
 
 @pytest.mark.parametrize(

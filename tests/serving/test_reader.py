@@ -7,7 +7,7 @@ import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from razor_serving import reader
-from razor_serving.reader import MemoryReader
+from razor_serving.reader import EngineStopping, MemoryReader
 
 
 class Engine:
@@ -16,6 +16,7 @@ class Engine:
     def __init__(self) -> None:
         self.engine_core = self
         self.errored = False
+        self.fault: Exception | None = None
         self.calls = 0
         self.step = asyncio.Event()
 
@@ -25,6 +26,8 @@ class Engine:
         number = self.calls
         if self.errored:
             raise EngineDeadError()
+        if self.fault is not None:
+            raise self.fault
         await self.step.wait()
         return [{"call": number, "listed": list_requests}]
 
@@ -67,14 +70,17 @@ def test_a_busy_engine_gives_its_last_reading(monkeypatch) -> None:
     async def run() -> None:
         engine = Engine()
         memory = MemoryReader(engine)
-        monkeypatch.setattr(reader, "WAIT_SECONDS", 0.01)
+        patient = reader.WAIT_SECONDS
         monkeypatch.setattr(reader, "FRESH_SECONDS", 0.0)
+        monkeypatch.setattr(reader, "WAIT_SECONDS", 0.01)
         with pytest.raises(TimeoutError):
             await memory.read()
         engine.step.set()
+        monkeypatch.setattr(reader, "WAIT_SECONDS", 60 * patient)
         first = await memory.read()
         assert engine.calls == 1, "the call that was waited for is still the one under way"
         engine.step.clear()
+        monkeypatch.setattr(reader, "WAIT_SECONDS", 0.01)
         again = await memory.read()
         assert again is first
         assert again.age > 0
@@ -95,3 +101,36 @@ def test_a_dead_engine_is_an_error_at_once() -> None:
             await memory.read()
 
     asyncio.run(run())
+
+
+def test_an_engine_that_dies_in_a_call_is_dead(monkeypatch) -> None:
+    """Its call is never answered: an old reading is not passed off as a slow step's."""
+
+    async def run() -> None:
+        engine = Engine()
+        memory = MemoryReader(engine)
+        engine.step.set()
+        await memory.read()
+        engine.step.clear()
+        monkeypatch.setattr(reader, "FRESH_SECONDS", 0.0)
+        monkeypatch.setattr(reader, "WAIT_SECONDS", 0.01)
+        asyncio.get_running_loop().call_soon(setattr, engine, "errored", True)
+        with pytest.raises(EngineDeadError):
+            await memory.read()
+        assert engine.calls == 2, "a call was under way"
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_was_told_to_end_says_so() -> None:
+    """vLLM's refusal of calls is told from other failures, which stay what they are."""
+
+    async def run(message: str, kind: type[Exception]) -> None:
+        engine = Engine()
+        engine.fault = Exception(message)
+        with pytest.raises(kind, match=message) as raised:
+            await MemoryReader(engine).read()
+        assert type(raised.value) is kind
+
+    asyncio.run(run("Server shutting down", EngineStopping))
+    asyncio.run(run("Call to razor_memory method failed: 'x'", Exception))
