@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# An example may take as long as the machine needs.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 # Two engines' worth of threads on a shared core wait for each other; one is faster.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -100,7 +100,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         for child in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-    process.wait(30)
+    process.wait(START_SECONDS)
 
 
 def _deploy(cluster: Cluster, folder: Path, environment: dict[str, str]) -> None:
@@ -109,7 +109,7 @@ def _deploy(cluster: Cluster, folder: Path, environment: dict[str, str]) -> None
     file = folder / "serve.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = ["serve", "deploy", str(file), "--address", f"http://{LOCAL}:{cluster.dashboard}"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=START_SECONDS)
 
 
 @contextlib.contextmanager

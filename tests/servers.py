@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -11,18 +12,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+from held_steps import PROCESSOR
 
 MODEL = "bundled"
 KEY = "test-key"
 SMALL = ["--served-model-name", MODEL, "--enforce-eager", "--max-model-len", "4096"]
 SMALL += ["--razor-window", "64", "--kv-cache-memory-bytes", str(64 * 1024**2)]
+SMALL += ["--logits-processors", PROCESSOR]
+PATIENCE = 300.0
+"""Seconds that anything may take on a busy machine. Nothing is judged by them: what a test waits
+for comes, or the test fails."""
+START_SECONDS = 2 * PATIENCE
+"""The same of a server's start, or of its refusal to."""
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, and that no outgoing connection will be given meanwhile.
+
+    Those come from 32768 up by Linux's default, while a server takes seconds to bind its port.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(20000, 32768)))
+            return probe.getsockname()[1]
 
 
 class Server:
@@ -40,21 +52,23 @@ class Server:
         keyed = ["--api-key", key] if key else []
         command = [sys.executable, "-m", "razor_serving.cli", "serve", str(model)]
         command += ["--port", str(self.port), *SMALL, *keyed, *options]
-        # The engine gets a process of its own, as it does for a user.
-        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
-                command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=environment(),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
-    def client(self, key: bool = True, timeout: float = 60) -> httpx.Client:
+    def client(self, key: bool = True) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.key}"} if key and self.key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE)
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
 
-    def wait(self, seconds: float = 600) -> "Server":
+    def wait(self, seconds: float = START_SECONDS) -> "Server":
         """Return once it answers."""
         until(self._answers, seconds, self.tail)
         return self
@@ -62,7 +76,7 @@ class Server:
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.tail()
         try:
-            return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+            return httpx.get(f"{self.url}/health", timeout=PATIENCE).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -71,14 +85,27 @@ class Server:
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(60)
+                self.process.wait(PATIENCE)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(60)
+        self.process.wait(PATIENCE)
+
+
+def environment() -> dict[str, str]:
+    """Of a server: its engine has a process of its own, as a user's has, and finds `held_steps`."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
 
 
 def until(
-    holds: Callable[[], object], seconds: float, complain: Callable[[], str] = lambda: ""
+    holds: Callable[[], object],
+    seconds: float = PATIENCE,
+    complain: Callable[[], str] = lambda: "",
 ) -> None:
     """Return once something holds; fail after so many seconds."""
     deadline = time.monotonic() + seconds

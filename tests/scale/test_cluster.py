@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import openai
 import pytest
-from ray_cluster import Cluster, wait_for
+from ray_cluster import START_SECONDS, Cluster, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 MODEL = "needle"
@@ -43,7 +43,6 @@ def counted(cluster: Cluster) -> dict[str, int]:
     return wait_for(
         lambda: counts if sum((counts := cluster.answered()).values()) == len(ASKED) else None,
         f"counts of {len(ASKED)} requests",
-        60,
     )
 
 
@@ -93,10 +92,10 @@ def test_killed_engine_loses_no_request(cluster: Cluster) -> None:
         requests = [
             pool.submit(ask, client, prompt_of(2000 + number), tokens) for number in range(48)
         ]
-        wait_for(lambda: sum(request.done() for request in requests) >= 12, "12 answers", 120)
+        wait_for(lambda: sum(request.done() for request in requests) >= 12, "12 answers")
         victim = sorted(engines)[0]
         os.kill(engines[victim], signal.SIGKILL)
-        answers = [request.result(120) for request in requests]
+        answers = [request.result(START_SECONDS) for request in requests]
     assert [answer.tokens for answer in answers] == [tokens] * 48
     assert max(answer.retries for answer in answers) == 1
     replaced = wait_for(

@@ -5,9 +5,11 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import pytest
+from held_steps import slow
 from servers import KEY, MODEL, Server, until
 
 from razor_serving.access import MAX_BODY_BYTES, OPEN_PATHS
@@ -19,12 +21,11 @@ MARK = "xyzzy-secret-of-the-user"
 
 
 @contextmanager
-def long_request(http: httpx.Client, prompt_tokens: int = 700, **extra) -> Iterator[None]:
-    """A request in decode, cancelled at the end."""
+def long_request(http: httpx.Client, prompt_tokens: int = 700, **extra: Any) -> Iterator[None]:
+    """A request in decode, cancelled at the end; left to itself it takes ten minutes."""
     body = {"model": MODEL, "prompt": "a" * prompt_tokens, "max_tokens": 3000, "stream": True}
-    with http.stream(
-        "POST", "/v1/completions", json={**body, "ignore_eos": True, **extra}
-    ) as answer:
+    body |= {"ignore_eos": True, "vllm_xargs": {**slow(after=30), **extra}}
+    with http.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.status_code == 200
         lines = answer.iter_lines()  # closed with the last reference
         next(lines)
@@ -39,7 +40,7 @@ def memory(http: httpx.Client, requests: bool = False) -> dict:
 
 def idle(http: httpx.Client) -> dict:
     """The memory once no request holds a page."""
-    until(lambda: memory(http)["requests"]["holding_pages"] == 0, 30)
+    until(lambda: memory(http)["requests"]["holding_pages"] == 0)
     return memory(http)
 
 
@@ -69,7 +70,7 @@ def test_memory_adds_up_and_names_requests(http: httpx.Client) -> None:
     """free + cached + held = total; the request's own pages; bytes below the full policy's."""
     idle(http)
     with long_request(http):
-        until(lambda: (memory(http, True)["by_request"] or [{}])[0].get("num_tokens", 0) > 720, 60)
+        until(lambda: (memory(http, True)["by_request"] or [{}])[0].get("num_tokens", 0) > 720)
         now = memory(http, True)
         states = sum(pool[state]["pages"] for pool in now["pools"] for state in ("held", "cached"))
         assert states + now["free"]["pages"] == now["total"]["pages"]
@@ -90,14 +91,14 @@ def test_memory_adds_up_and_names_requests(http: httpx.Client) -> None:
 def test_an_opted_out_request_is_counted_as_full(http: httpx.Client) -> None:
     """Requests by policy, in the listing and in the count."""
     before = idle(http)["requests"]["by_policy"]
-    with long_request(http, vllm_xargs={"kv_policy": "full"}):
-        until(lambda: [r["policy"] for r in memory(http, True)["by_request"]] == ["full"], 30)
+    with long_request(http, kv_policy="full"):
+        until(lambda: [r["policy"] for r in memory(http, True)["by_request"]] == ["full"])
 
     def counted() -> tuple[int, int]:
         after = memory(http)["requests"]["by_policy"]
         return after["full"] - before["full"], after["razor"] - before["razor"]
 
-    until(lambda: counted() == (1, 0), 10)
+    until(lambda: counted() == (1, 0))
 
 
 def test_the_accounting_is_checked_when_idle(http: httpx.Client) -> None:
@@ -105,7 +106,7 @@ def test_the_accounting_is_checked_when_idle(http: httpx.Client) -> None:
     checks = idle(http)["integrity"]["checks"]
     body = {"model": MODEL, "prompt": "abc", "max_tokens": 2}
     assert http.post("/v1/completions", json=body).status_code == 200
-    until(lambda: idle(http)["integrity"]["checks"] > checks, 30)
+    until(lambda: idle(http)["integrity"]["checks"] > checks)
     assert idle(http)["integrity"] | {"checks": 0, "checked_at": 0} == {
         "intact": True,
         "checks": 0,

@@ -1,9 +1,9 @@
 """The server as a person meets it: the official client against `razor serve`."""
 
-import os
+import contextlib
+import json
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import IO
 
 import openai
 import pytest
-from servers import free_port
+from held_steps import PROCESSOR, slow
+from servers import PATIENCE, START_SECONDS, environment, free_port, until
 
 pytestmark = pytest.mark.engine
 
@@ -21,9 +22,8 @@ MESSAGES = [{"role": "user", "content": "Tell me. " * 60}]
 
 
 def serve(model: Path, *options: str, out: int | IO[str] = PIPE) -> subprocess.Popen[str]:
-    # The engine gets a process of its own, as it does for a user.
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     command = [sys.executable, "-m", "razor_serving.cli", "serve", str(model), *options]
+    env = environment()
     return subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, text=True)
 
 
@@ -35,21 +35,21 @@ def server(model_dir: Path, tmp_path_factory) -> Iterator[tuple[str, Path]]:
     options = ["--port", str(port), "--served-model-name", NAME, "--dtype", "float32"]
     options += ["--razor-window", "64", "--razor-prefill", "windowed", "--enforce-eager"]
     options += ["--max-model-len", "4096", "--kv-cache-memory-bytes", str(128 * 1024**2)]
+    options += ["--logits-processors", PROCESSOR]
     with log.open("w") as out:
         process = serve(model_dir, *options, out=out)
     url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 300
-    while True:
+
+    def answers() -> bool:
         assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=1)
-            break
-        except OSError:
-            time.sleep(0.5)
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{url}/health", timeout=PATIENCE).status == 200
+        return False
+
+    until(answers, START_SECONDS, lambda: log.read_text()[-3000:])
     yield url, log
     process.terminate()
-    process.wait(60)
+    process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +113,24 @@ def test_a_bad_policy_is_a_400(client: openai.OpenAI, server, policy) -> None:
     assert urllib.request.urlopen(f"{server[0]}/health").status == 200
 
 
-def test_a_cancelled_stream_leaves_the_server_well(client: openai.OpenAI) -> None:
-    """Closing a stream half-way cancels its request."""
+def test_a_cancelled_stream_leaves_the_server_well(
+    client: openai.OpenAI, server: tuple[str, Path]
+) -> None:
+    """Closing a stream half-way cancels its request, which would take longer than the test."""
     request = {"model": NAME, "messages": MESSAGES, "max_tokens": 2000}
-    stream = client.chat.completions.create(**request, stream=True)
+
+    def running() -> int:
+        with urllib.request.urlopen(f"{server[0]}/v1/razor/memory", timeout=PATIENCE) as answer:
+            requests = json.load(answer)["engines"][0]["requests"]
+        return requests["running"] + requests["waiting"]
+
+    stream = client.chat.completions.create(
+        **request, stream=True, extra_body={"ignore_eos": True, "vllm_xargs": slow()}
+    )
     next(iter(stream))
+    until(lambda: running() == 1)
     stream.close()
+    until(lambda: running() == 0)
     assert client.chat.completions.create(**{**request, "max_tokens": 4}).choices
 
 
@@ -134,6 +146,6 @@ def test_a_cancelled_stream_leaves_the_server_well(client: openai.OpenAI) -> Non
 def test_bad_options_stop_the_command(model_dir: Path, options, message: str) -> None:
     """`razor serve` ends with an error that names what is accepted."""
     process = serve(model_dir, "--port", str(free_port()), *options)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=START_SECONDS)
     assert process.returncode != 0
     assert message in output
