@@ -139,7 +139,7 @@ def run_laps(
     """All laps on one server.
 
     Args:
-        seconds: of one lap, after which no session begins.
+        seconds: of one lap, after which no session begins; 0 where a lap is all its sessions.
     """
     start = time.monotonic()
     sampler = Sampler(
@@ -268,7 +268,14 @@ def whole_run(laps: Sequence[Lap]) -> Measured:
 
 
 def soak(args: argparse.Namespace, workload: Workload, options: Sequence[str]) -> dict[str, Any]:
-    """The whole soak: results with `findings`, `holds` and the report's figures."""
+    """The whole soak: results with `findings`, `holds` and the report's figures.
+
+    Raises:
+        ValueError: neither time nor a number of sessions ends a lap.
+        RuntimeError: the server or locust failed.
+    """
+    if not args.minutes and not workload.sessions:
+        raise ValueError("minutes is 0 and sessions is 0; accepted is one of them at most")
     folder = args.output
     folder.mkdir(parents=True, exist_ok=True)
     told = server_options(args.policy, args.kv_bytes, workload, [*SMALL_BATCHES, *options])
@@ -326,7 +333,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     add_server_options(parser, 12 * _MIB)
     parser.set_defaults(output=Path("build/soak"))
     parser.add_argument("--policy", choices=list(POLICIES), default="razor")
-    parser.add_argument("--minutes", type=float, default=30, help="of load, all laps together")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=30,
+        help="of load, all laps together; 0: each lap is --sessions, whatever time they take",
+    )
     parser.add_argument("--laps", type=int, default=10)
     parser.add_argument(
         "--growth-mib",

@@ -4,10 +4,12 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from servers import until
 
 from benchmarks.load.run import Measured, run_load
 from benchmarks.load.server import Server
@@ -17,12 +19,25 @@ METRICS = 'vllm:num_requests_running{engine="0"} 2.0\nvllm:kv_cache_usage_perc{e
 PAUSE = 0.005
 
 
+def asked(body: dict) -> str:
+    """The text of a request, of its last turn where it is a chat."""
+    return body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+
+
 class Answers(BaseHTTPRequestHandler):
-    """Streams as many tokens as asked for; counts what its clients do."""
+    """Streams as many tokens as asked for; counts what its clients do.
+
+    stay_for: texts of requests whose stream stays open after its last token until the client
+    goes. hold: requests after so many are answered `hold_seconds` after the first one, or later.
+    """
 
     protocol_version = "HTTP/1.1"
     bodies: list[dict] = []
     left: list[str] = []
+    stay_for: frozenset[str] = frozenset()
+    hold: int | None = None
+    hold_seconds = 0.0
+    first = 0.0
     break_after: int | None = None
     die_after: int | None = None
 
@@ -35,7 +50,11 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.bodies:
+            type(self).first = time.monotonic()
         self.bodies.append(body)
+        if self.hold is not None and len(self.bodies) > self.hold:
+            time.sleep(max(self.first + self.hold_seconds - time.monotonic(), 0.0))
         if body["max_tokens"] > 1000:
             self._send(400, '{"error": {"message": "too many tokens"}}')
             return
@@ -46,7 +65,7 @@ class Answers(BaseHTTPRequestHandler):
         try:
             self._stream(body)
         except OSError:
-            self.left.append(body["model"])
+            self.left.append(asked(body))
             self.close_connection = True
 
     def _stream(self, body: dict) -> None:
@@ -63,6 +82,9 @@ class Answers(BaseHTTPRequestHandler):
             reason = "length" if index == count - 1 else None
             part = {"delta": {"content": "w "}} if chat else {"text": "w "}
             self._event({"choices": [{**part, "finish_reason": reason}]})
+        if asked(body) in self.stay_for:
+            self.rfile.read(1)
+            raise OSError("the client has gone")
         usage = {"prompt_tokens": 7, "completion_tokens": count}
         self._event({"choices": [], "usage": usage})
         self._chunk(b"data: [DONE]\n\n")
@@ -106,8 +128,6 @@ BASE = Workload(
 
 
 def load(server: Server, folder: Path, **changes) -> Measured:
-    from dataclasses import replace
-
     return run_load(server, replace(BASE, **changes), folder, "test", sample_seconds=0.05)
 
 
@@ -140,29 +160,24 @@ def test_the_server_is_sampled_meanwhile(server, tmp_path: Path) -> None:
 
 
 def test_cancelled_streams_are_closed_midway(server, tmp_path: Path) -> None:
-    """The server sees its clients go; what they got until then is what was asked for."""
+    """The server sees its clients go; what they got until then is what was asked for.
+
+    A stream that is to be left does not end by itself.
+    """
     url, handler = server
-    measured = load(url, tmp_path, cancel_share=1.0, cancel_seconds=0.01, output_tokens=(40, 60))
-    drawn = {
-        s.number: s.turns[-1]
-        for s in Workload(
-            **{
-                **vars(BASE),
-                "cancel_share": 1.0,
-                "cancel_seconds": 0.01,
-                "output_tokens": (40, 60),
-            }
-        ).draw()
-    }
+    changes = {"cancel_share": 1.0, "cancel_seconds": 0.01, "output_tokens": (40, 60)}
+    drawn = {s.number: s.turns[-1] for s in replace(BASE, **changes).draw()}
+    handler.stay_for = frozenset(turn.text for turn in drawn.values())
+    measured = load(url, tmp_path, **changes)
     left = [record for record in measured.records if record.outcome == "cancelled"]
     assert {record.session for record in left} == set(range(10))
-    for record in left:
-        turn = drawn[record.session]
-        if turn.cancel_after is not None:
-            assert record.output_tokens == turn.cancel_after
-        else:
-            assert record.output_tokens <= 5
-    assert len(handler.left) >= 5
+    by_chunks = {n: turn.cancel_after for n, turn in drawn.items() if turn.cancel_after is not None}
+    assert 0 < len(by_chunks) < 10
+    got = {r.session: r.output_tokens for r in left if r.session in by_chunks}
+    assert got == by_chunks
+    assert all(record.output_tokens <= record.asked_tokens for record in left)
+    # A client that leaves after some time may do so before the server has its request.
+    until(lambda: {drawn[number].text for number in by_chunks} <= set(handler.left))
 
 
 def test_refused_requests_are_no_errors(server, tmp_path: Path) -> None:
@@ -189,14 +204,20 @@ def test_broken_streams_are_errors(server, tmp_path: Path, trouble: str, message
 
 
 def test_time_ends_a_run_without_end(server, tmp_path: Path) -> None:
-    """`sessions` 0: no session begins after the seconds; those under way come to their end."""
-    from dataclasses import replace
+    """`sessions` 0: no session begins after the seconds; those under way come to their end.
 
-    workload = replace(BASE, sessions=0)
-    measured = run_load(server[0], workload, tmp_path, "test", seconds=0.4)
+    After six quick requests the server answers none before the seconds are over, so that each
+    user is in the middle of a session then.
+    """
+    url, handler = server
+    seconds = 5.0
+
+    handler.hold, handler.hold_seconds = 6, seconds
+    measured = run_load(url, replace(BASE, sessions=0), tmp_path, "test", seconds=seconds)
     assert {record.outcome for record in measured.records} == {"done"}
-    assert all(record.start < 0.4 for record in measured.records if record.turn == 0)
-    assert len({record.session for record in measured.records}) > 3
+    assert all(record.start < seconds for record in measured.records if record.turn == 0)
+    assert any(r.start + r.seconds > seconds for r in measured.records)
+    assert len({record.session for record in measured.records}) > BASE.users
 
 
 def test_locust_counts_too(server, tmp_path: Path) -> None:

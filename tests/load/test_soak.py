@@ -11,6 +11,7 @@ from benchmarks.load.run import Measured
 from benchmarks.load.sampler import Sample
 from benchmarks.load.soak import Growth, Lap, judge, parse, wait_until_idle, whole_run
 from benchmarks.load.streaming import Record
+from benchmarks.load.workload import Session, Turn, Workload
 
 MIB = 2**20
 
@@ -152,18 +153,49 @@ def test_laps_become_one_run() -> None:
     assert [r.start for r in whole.records] == [0, 0, 0, 9, 9, 9]
 
 
+def test_a_lap_without_end_is_refused() -> None:
+    """Neither minutes nor sessions: said before a server starts."""
+    args, options = parse(["model", "--minutes", "0"])
+    with pytest.raises(ValueError, match="minutes is 0 and sessions is 0"):
+        soak.soak(args, soak.workload_of(args), options)
+
+
+LAPS = 2
+SHORT = ["--minutes", "0", "--sessions", "16", "--laps", str(LAPS), "--users", "12"]
+SHORT += ["--growth-mib", "200", "--invalid-share", "0.1"]
+# A prompt takes few pages and the reply many: the server admits all twelve users, and has not
+# half of the pages that their replies need. It runs out whatever its speed.
+SHORT += ["--prompt-tokens", "16", "256", "--output-tokens", "256", "384"]
+SHORT += ["--turns", "1", "3", "--turn-tokens", "8", "64", "--prefix-tokens", "128"]
+SHORT += ["--kv-bytes", str(6 * MIB)]
+
+
+def turns_of(workload: Workload) -> list[tuple[Session, Turn]]:
+    """Every request of all laps."""
+    laps = [replace(workload, seed=workload.seed + lap) for lap in range(LAPS)]
+    return [(one, turn) for lap in laps for one in lap.draw() for turn in one.turns]
+
+
 @pytest.mark.engine
 def test_short_soak(model_dir: Path, tmp_path: Path) -> None:
-    """Forty seconds of everything on a real server under the policy: all findings hold.
+    """Two laps of everything on a real server under the policy: all findings hold.
 
-    Its memory still grows while each step is of a new size: only a gross leak shows.
+    The load is a number of sessions, not of seconds, so what becomes of each request is known,
+    but of those that their client leaves after some time. The server's memory still grows while
+    each step is of a new size: only a gross leak shows.
     """
-    own = ["--output", str(tmp_path), "--port", str(free_port()), "--users", "12"]
-    own += ["--minutes", "0.66", "--laps", "2", "--growth-mib", "200"]
+    own = ["--output", str(tmp_path), "--port", str(free_port()), *SHORT]
     args, options = parse([str(model_dir), *own, "--enforce-eager", "--razor-window", "256"])
-    results = soak.soak(args, soak.workload_of(args), options)
+    workload = soak.workload_of(args)
+    turns = turns_of(workload)
+    results = soak.soak(args, workload, options)
     assert results["holds"], soak.text_table(results["findings"])
-    summary = results["runs"]["razor"]["summary"]
-    assert summary["requests"]["done"] > 20
-    cancelled = summary["requests"]["cancelled"] / sum(summary["requests"].values())
-    assert 0.02 < cancelled < 0.3
+    ended = results["runs"]["razor"]["summary"]["requests"]
+    refused = sum(session.invalid for session, _ in turns)
+    left = sum(turn.cancel_after is not None for session, turn in turns if not session.invalid)
+    whole = sum(not turn.cancels for session, turn in turns if not session.invalid)
+    assert min(refused, left, whole) > 0, "the draw has all of them"
+    assert sum(ended.values()) == len(turns)
+    assert ended["refused"] == refused
+    assert ended["cancelled"] >= left
+    assert ended["done"] >= whole
