@@ -12,11 +12,16 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 # KV memory of `make serve` and `make bench`, in bytes: vLLM would take most of the machine's.
 KV_BYTES ?= 1073741824
+# Series of vLLM that `make test-series` runs, in an environment of its own: .venv-0.33.
+SERIES ?= 0.33
+# What a series has to pass: names, block managers, invariants, both model runners, a served chat.
+SERIES_TESTS := tests/plugin/test_contract.py tests/plugin/test_block_manager.py \
+  tests/e2e/test_invariants.py tests/e2e/test_v2_runner.py tests/serving/test_server.py
 # PyTorch's own index, where the CPU build lives that other indexes may lack.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test browser lint bench needle load gpu-check image clean
+.PHONY: help setup serve test test-series contract browser lint bench needle load gpu-check image clean python-3.11
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +34,12 @@ serve: $(VENV)/.cpu ## serve the bundled needle model under the razor policy
 
 test: $(VENV)/.cpu $(VENV)/.test browser ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+test-series: $(VENV)-$(SERIES)/.made ## the tests that every series of vLLM has to pass; SERIES=0.31, 0.32 or 0.33
+	$(VENV)-$(SERIES)/bin/python -m pytest $(SERIES_TESTS) $(ARGS)
+
+contract: ## take vLLM's names as they are into tests/series/contract.json, for every environment there is
+	for python in $(BIN)/python $(VENV)-*/bin/python; do $$python tests/series/contract.py --write || exit 1; done
 
 browser: # Chromium, for the tests of the page
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
@@ -61,10 +72,12 @@ image: ## the CPU image
 	docker build -f docker/Dockerfile.cpu -t razor-vllm:cpu .
 
 clean: ## remove what was made: .venv, build, caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(BIN)/python:
+python-3.11:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"make: the CPU set-up needs Python 3.11, $(PYTHON) is {v[0]}.{v[1]}; try make PYTHON=...")'
+
+$(BIN)/python: | python-3.11
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 
@@ -78,6 +91,10 @@ $(VENV)/.cpu: setup.py kernels/razor_kernels/native.cpp | $(BIN)/python
 
 $(VENV)/.test: setup.py $(VENV)/.cpu
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[test,lint]'
+	touch $@
+
+$(VENV)-%/.made: setup.py tests/series/make_env.py kernels/razor_kernels/native.cpp | python-3.11
+	$(PYTHON) tests/series/make_env.py $* $(VENV)-$*
 	touch $@
 
 $(RANDOM)/config.json: models/make_random_llama.py $(VENV)/.cpu

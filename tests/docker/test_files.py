@@ -69,9 +69,9 @@ def test_hadolint_finds_nothing(file: Path) -> None:
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
 def test_base_images_are_pinned(file: Path) -> None:
-    """Every stage begins with an image of a fixed version."""
+    """Every stage begins with an image of a fixed version, or with another stage."""
     stages = [line["value"] for line in instructions(file) if line["instruction"] == "FROM"]
-    tags = [stage.split()[0].rpartition(":")[2] for stage in stages]
+    tags = [stage.split()[0].rpartition(":")[2] for stage in stages if stage != "vllm-${VLLM}"]
     assert all(tag[:1].isdigit() or tag[:2] == "v0" for tag in tags), stages
 
 
