@@ -19,6 +19,7 @@ for an engine in the same process that did not ask for it.
 """
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -321,6 +322,21 @@ def share_cache(layers: Iterable[Any], pool_name: str) -> None:
     """Tell attention layers that they share a pool's cache, so that vLLM gives them none."""
     for layer in layers:
         layer.kv_sharing_target_layer_name = pool_name
+
+
+async def call_engines(engine_core: Any, method: str, *args: Any) -> list[Any]:
+    """Run a utility method in the process of every engine; their answers, in order.
+
+    Args:
+        engine_core: the front end's client of its engines.
+    """
+    call_all = getattr(engine_core, "call_utility_all_async", None)
+    if call_all is not None:
+        return await call_all(method, *args)
+    # vLLM 0.31 has the parts of it only.
+    call = engine_core._call_utility_async
+    engines = engine_core.core_engines
+    return await asyncio.gather(*(call(method, *args, engine=engine) for engine in engines))
 
 
 # --- Worker: dense_until of a batch ---------------------------------------------------

@@ -17,8 +17,8 @@ from razor_vllm import patching
 from razor_vllm.config import CONFIG_KEY
 from razor_vllm.flags import add_flags, options_of
 
-VLLM_SERIES = ("0.32",)
-"""Series of vLLM that the plugin is tested with."""
+VLLM_SERIES = ("0.31", "0.32", "0.33")
+"""Series of vLLM that the plugin is tested with (`make test-series`)."""
 
 logger = logging.getLogger("vllm.razor")
 

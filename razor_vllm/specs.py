@@ -48,6 +48,14 @@ class LocalSpec(SlidingWindowSpec):
         assert kernel_block_size == self.block_size, "local pages are never split"
         return self.layout.rows
 
+    @property
+    def num_retained_tokens(self) -> int:
+        """0: no entry of a block table is nulled, since sinks and tail page lie below the window.
+
+        Asked for by the V2 runner of vLLM 0.33 and later.
+        """
+        return 0
+
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:

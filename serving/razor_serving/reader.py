@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from vllm.engine.protocol import EngineClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from razor_vllm.compat import call_engines
 from razor_vllm.core_memory import UTILITY
 
 FRESH_SECONDS = 0.25
@@ -71,7 +72,7 @@ class MemoryReader:
     async def _call(self, list_requests: bool) -> Reading:
         # The front end's own way to run a method between two steps of the engine.
         try:
-            engines = await self._client.engine_core.call_utility_all_async(UTILITY, list_requests)
+            engines = await call_engines(self._client.engine_core, UTILITY, list_requests)
         except Exception as error:
             if str(error) == _REFUSED:
                 raise EngineStopping(_REFUSED) from None

@@ -17,7 +17,7 @@ from series import contract
 from series.contract import CALLED_BY_US, NOT_IN_ALL, Ours, Override, Tree, differences, not_taken
 from series.make_env import SERIES, for_cpu
 
-from razor_vllm.compat import VLLM_SERIES
+from razor_vllm.guard import VLLM_SERIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def test_ours_take_what_vllm_passes() -> None:
     assert {o.name for o in overrides} > CALLED_BY_US | {
         "LocalManager.find_longest_cache_hit",
         "RazorModelState.prepare_attn",
-        "wrapper of get_computed_blocks",
+        "what _admitting makes",
     }
     wrong = [
         f"{override.name}, for {override.replaced}: {problem}"
@@ -102,7 +102,7 @@ def test_a_changed_vllm_is_named(found: dict[str, str | None]) -> None:
 
 
 def test_every_place_names_the_tested_series() -> None:
-    """compat, the table, the environments, the extras and the CUDA image: the same series."""
+    """guard, the table, the environments, the extras and the CUDA image: the same series."""
     tested = list(VLLM_SERIES)
     assert list(contract.table()) == tested
     assert list(SERIES) == tested

@@ -41,7 +41,7 @@ READ = {
     "scheduler_config speculative_config use_v2_model_runner",
     "vllm.config.ModelConfig": "dtype get_head_size get_total_num_hidden_layers "
     "get_total_num_kv_heads is_attention_free is_encoder_decoder is_hybrid is_mm_prefix_lm "
-    "max_model_len model runner_type served_model_name use_mla",
+    "max_model_len model revision runner_type served_model_name use_mla",
     "vllm.config.CacheConfig": "block_size cache_dtype",
     "vllm.config.ParallelConfig": "_api_process_rank decode_context_parallel_size enable_dbo "
     "pipeline_parallel_size prefill_context_parallel_size tensor_parallel_size",
@@ -72,13 +72,15 @@ READ = {
     "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "kv_cache_spec layer_names",
     "vllm.v1.core.sched.scheduler.Scheduler": "get_request_counts has_requests kv_cache_config "
     "kv_cache_manager requests",
-    "vllm.v1.engine.EngineCoreRequest": "cache_salt request_id sampling_params",
-    "vllm.v1.engine.core.EngineCore": "scheduler vllm_config",
+    "vllm.v1.engine.EngineCoreRequest": "cache_salt prompt_embeds prompt_token_ids "
+    "request_id resumable sampling_params",
+    "vllm.v1.engine.core.EngineCore": "model_executor scheduler vllm_config",
+    "vllm.v1.executor.Executor": "get_kv_cache_specs",
     "vllm.v1.engine.core_client.AsyncMPClient": "_call_utility_async call_utility_all_async "
     "core_engines",
     "vllm.v1.engine.async_llm.AsyncLLM": "engine_core errored shutdown vllm_config",
     "vllm.v1.engine.input_processor.InputProcessor": "vllm_config",
-    "vllm.v1.request.Request": "num_computed_tokens num_preemptions num_prompt_tokens request_id "
+    "vllm.v1.request.Request": "max_tokens num_computed_tokens num_preemptions num_prompt_tokens request_id "
     "sampling_params status",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "input_batch requests vllm_config",
     "vllm.v1.worker.gpu_input_batch.InputBatch": "req_ids",
@@ -94,7 +96,6 @@ CALLED_BY_US = {"KeyMiddleware.__init__"}
 """Overriding methods that vLLM itself does not call with the base's arguments."""
 
 NOT_IN_ALL = {
-    "vllm.v1.core.kv_cache_utils.get_kv_cache_configs": "in kv_cache_planning from 0.33 on",
     "vllm.v1.engine.core_client.AsyncMPClient.call_utility_all_async": "from 0.32 on",
 }
 """Names that a tested series lacks, and why that is no fault."""
@@ -322,21 +323,18 @@ class Source:
         plain = {self.dotted(node) for node in nodes if isinstance(node, ast.Attribute)}
         return {name for name in plain if name} | {name for name, _ in self._named_in_calls(nodes)}
 
-    def _named_in_calls(self, nodes: list[ast.AST]) -> Iterator[tuple[str, str]]:
+    def _named_in_calls(self, nodes: list[ast.AST]) -> Iterator[tuple[str, ast.Call]]:
         for node in nodes:
             if isinstance(node, ast.Call) and len(node.args) > 1:
                 owner, name = self.dotted(node.args[0]), node.args[1]
                 if owner and isinstance(name, ast.Constant) and str(name.value).isidentifier():
-                    yield f"{owner}.{name.value}", name.value
+                    yield f"{owner}.{name.value}", node
 
     def wrappers(self) -> Iterator[tuple[str, str]]:
-        """Functions that are replaced: the full name, and the last part of it."""
-        calls = [
-            node
-            for node in ast.walk(self.tree)
-            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "_wrap"
-        ]
-        yield from self._named_in_calls(list(calls))
+        """Functions that are replaced, and ours that makes what replaces each."""
+        for name, call in self._named_in_calls(list(ast.walk(self.tree))):
+            if len(call.args) > 2 and ast.unparse(call.func).endswith("wrap"):
+                yield name, ast.unparse(call.args[2]).rpartition(".")[2]
 
 
 class Ours:
@@ -379,18 +377,18 @@ class Ours:
                     name = f"{base}.{getattr(method, 'name', '')}"
                     if isinstance(method, _FUNCTIONS) and self.vllm.find(name):
                         yield Override(f"{node.name}.{method.name}", name, method)
-        inner = {
-            function.name: function
+        made = {
+            maker.name: function
             for source in self.sources
-            for outer in ast.walk(source.tree)
-            if isinstance(outer, ast.FunctionDef)
-            for function in outer.body
+            for maker in ast.walk(source.tree)
+            if isinstance(maker, ast.FunctionDef)
+            for function in maker.body
             if isinstance(function, _FUNCTIONS)
         }
         for source in self.sources:
-            for full, name in source.wrappers():
-                if name in inner:
-                    yield Override(f"wrapper of {name}", full, inner[name])
+            for name, maker in source.wrappers():
+                if maker in made:
+                    yield Override(f"what {maker} makes", name, made[maker])
 
     def inherited(self) -> Iterator[str]:
         """Members of vLLM's classes that ours override, set, or use through self."""
