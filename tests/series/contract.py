@@ -80,8 +80,8 @@ READ = {
     "core_engines",
     "vllm.v1.engine.async_llm.AsyncLLM": "engine_core errored shutdown vllm_config",
     "vllm.v1.engine.input_processor.InputProcessor": "vllm_config",
-    "vllm.v1.request.Request": "max_tokens num_computed_tokens num_preemptions num_prompt_tokens request_id "
-    "sampling_params status",
+    "vllm.v1.request.Request": "max_tokens num_computed_tokens num_preemptions "
+    "num_prompt_tokens request_id sampling_params status",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "input_batch requests vllm_config",
     "vllm.v1.worker.gpu_input_batch.InputBatch": "req_ids",
     "vllm.v1.worker.gpu_input_batch.CachedRequestState": "num_prompt_tokens sampling_params",
