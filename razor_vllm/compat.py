@@ -20,6 +20,7 @@ for an engine in the same process that did not ask for it.
 
 import argparse
 import asyncio
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -242,6 +243,24 @@ def tell_longest_dense(vllm_config: VllmConfig, num_tokens: int) -> None:
     }
 
 
+def add_middleware(args: argparse.Namespace, path: str) -> None:
+    """Have vLLM's server add a middleware of ours after the user's own, which it asks first."""
+    args.middleware = [*args.middleware, path]
+
+
+def before_shutdown(engine_client: Any, note: Callable[[], None]) -> None:
+    """Call `note` when vLLM's server tells its engine to end, and before it does."""
+    shutdown = engine_client.shutdown
+
+    @functools.wraps(shutdown)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        note()
+        engine_client.shutdown = shutdown
+        return shutdown(*args, **kwargs)
+
+    engine_client.shutdown = noting
+
+
 # --- Engine: attachment, requests, block managers -------------------------------------
 
 
@@ -261,6 +280,8 @@ def _checking_attachment(original: Callable[..., Any]) -> Callable[..., Any]:
         install_engine_patches()
         kv_cache_config = original(self, vllm_config)
         watch = core_memory.watch(self, vllm_config, kv_cache_config)
+        # A front end in this process has the same configuration; others are told over a call.
+        tell_longest_dense(vllm_config, watch.longest_dense)
         log_report(watch.plan, vllm_config.model_config.max_model_len, kv_cache_config.num_blocks)
         return kv_cache_config
 

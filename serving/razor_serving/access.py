@@ -19,6 +19,8 @@ from vllm import envs
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+from razor_vllm import compat
+
 OPEN_PATHS = frozenset({"/health", "/ping", "/razor"})
 """Answered without the key: liveness, and the page, which holds no figures of its own."""
 
@@ -102,7 +104,7 @@ def install(app: FastAPI) -> None:
     args = app.state.args
     if api_keys(args):
         # The last one is asked first: vLLM's own answer to a missing key is not OpenAI's form.
-        args.middleware = [*args.middleware, f"{__name__}.{KeyMiddleware.__name__}"]
+        compat.add_middleware(args, f"{__name__}.{KeyMiddleware.__name__}")
 
 
 class BodyLimit:

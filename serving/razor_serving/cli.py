@@ -46,6 +46,8 @@ def _request_to_copy(host: str, port: int, model: str) -> str:
 def _serve(model: str, options: list[str]) -> None:
     from vllm.entrypoints.cli.main import main as vllm_main
 
+    from razor_vllm.endpoints import turn_on_endpoints
+
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
@@ -63,6 +65,8 @@ def _serve(model: str, options: list[str]) -> None:
     )
     network = [] if "--host" in options else ["--host", known.host]
     drain = _drain(known.shutdown_timeout, _num_api_servers(known))
+    # Where the variable names other plugins alone, vLLM would not know our flags.
+    turn_on_endpoints()
     sys.argv = ["vllm", "serve", model, *policy, *network, *drain, *options]
     vllm_main()
     from razor_serving import endpoints
@@ -124,11 +128,11 @@ def _calibrate(args: argparse.Namespace) -> None:
     from razor_vllm.heads.profile import FILE_NAME, cache_path, write_profile
 
     is_folder = Path(args.model).is_dir()
-    default = Path(args.model) / FILE_NAME if is_folder else cache_path(args.model)
+    default = Path(args.model) / FILE_NAME if is_folder else cache_path(args.model, args.revision)
     output = _writable(args.output or default, args.force, make_folder=not args.output)
     options = ProbeOptions(args.induction, args.echo, args.period, tuple(args.seeds))
     bound = BoundOptions(args.window, args.epsilon)
-    profile = calibrate(args.model, options, args.device_map, args.dtype, bound)
+    profile = calibrate(args.model, options, args.device_map, args.dtype, bound, args.revision)
     write_profile(profile, output)
     print(f"{output}: {profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve")
     if "reach" in profile.scores:
@@ -256,6 +260,7 @@ def main() -> None:
     serve.add_argument("model", help="folder or hub name of the model")
     find = commands.add_parser("calibrate", help="find the retrieval heads of a model")
     find.add_argument("model", help="folder or hub name of the model")
+    find.add_argument("--revision", help="branch, tag or commit of a hub model")
     find.add_argument("--output", type=Path, help="default: beside the weights, or the cache")
     find.add_argument("--force", action="store_true", help="overwrite the output")
     find.add_argument("--induction", type=float, default=0.14, help="share of KV heads, by score")

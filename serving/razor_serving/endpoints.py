@@ -6,7 +6,6 @@ Loaded by entry point (`vllm.endpoint_plugins`) where `VLLM_PLUGINS` names it, w
 
 import argparse
 import asyncio
-import functools
 import logging
 from typing import Any
 
@@ -20,6 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from razor_serving import access, page
 from razor_serving.metrics import PoolMetrics, keep_current
 from razor_serving.routes import Service, router
+from razor_vllm import compat
 from razor_vllm.config import config_of
 
 _ended_badly = False
@@ -32,17 +32,13 @@ def engine_died() -> bool:
 
 def _watch_end(engine_client: Any, state: State) -> None:
     """Note when the engine is told to end, and whether it was dead by then: vLLM exits with 0."""
-    shutdown = engine_client.shutdown
 
-    @functools.wraps(shutdown)
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    def note() -> None:
         global _ended_badly
         _ended_badly = _ended_badly or engine_client.errored
         state.razor_draining = True
-        engine_client.shutdown = shutdown
-        return shutdown(*args, **kwargs)
 
-    engine_client.shutdown = noting
+    compat.before_shutdown(engine_client, note)
 
 
 def _is_stopping(state: State) -> bool:
@@ -99,12 +95,14 @@ class RazorEndpoints:
         config = config_of(vllm_config.additional_config)
         if config is None:
             return
-        state.razor = Service(engine_client)
+        service = state.razor = Service(engine_client)
+        engines = (await service.reader.read()).engines
+        compat.tell_longest_dense(vllm_config, min(e["longest_dense"] for e in engines))
         _watch_end(engine_client, state)
         logging.getLogger(async_llm.__name__).addFilter(CleanStop(engine_client, state))
         if vllm_config.parallel_config._api_process_rank <= 0 and state.log_stats:
             # One process of several: they would all report the same engines.
             metrics = PoolMetrics(vllm_config, config)
             self._task = asyncio.create_task(
-                keep_current(metrics, state.razor.reader, lambda: _is_stopping(state))
+                keep_current(metrics, service.reader, lambda: _is_stopping(state))
             )

@@ -1,5 +1,6 @@
 """The `razor` command: calibrate, and its refusals."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -177,3 +178,15 @@ def test_plan_prints_slots_and_what_fits(model_dir: Path, monkeypatch, capsys) -
             razor(monkeypatch, *plan, *arguments)
         assert stop.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_serve_is_understood_whatever_plugins_are_named(monkeypatch) -> None:
+    """`VLLM_PLUGINS=other razor serve M`: vLLM is to load ours beside it."""
+    from vllm.entrypoints.cli import main as vllm_cli
+
+    started = []
+    monkeypatch.setattr(vllm_cli, "main", lambda: started.append(list(sys.argv)))
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    razor(monkeypatch, "serve", "some/model", "--port", "9")
+    assert os.environ["VLLM_PLUGINS"].split(",") == ["other", "razor"]
+    assert started[0][:5] == ["vllm", "serve", "some/model", "--kv-policy", "razor"]

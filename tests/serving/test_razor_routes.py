@@ -3,7 +3,7 @@
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,6 +99,22 @@ def test_an_opted_out_request_is_counted_as_full(http: httpx.Client) -> None:
         return after["full"] - before["full"], after["razor"] - before["razor"]
 
     until(lambda: counted() == (1, 0))
+
+
+def test_an_opted_out_request_that_never_fits_is_a_400(
+    launch: Callable[..., Server],
+) -> None:
+    """Windowed and a small memory: refused before it begins, with what fits; compressed it runs."""
+    options = ["--razor-prefill", "windowed", "--kv-cache-memory-bytes", "8000000"]
+    server = launch(*options, "--max-num-batched-tokens", "512").wait()
+    with server.client() as http:
+        body = {"model": MODEL, "prompt": [5] * 3500, "max_tokens": 2}
+        full = {"vllm_xargs": {"kv_policy": "full"}}
+        error = assert_error(http.post("/v1/completions", json={**body, **full}), 400)
+        assert "holds prompt and answer of up to" in error["message"]
+        assert http.post("/v1/completions", json=body).status_code == 200
+        short = {**body, **full, "prompt": [5] * 500}
+        assert http.post("/v1/completions", json=short).status_code == 200
 
 
 def test_the_accounting_is_checked_when_idle(http: httpx.Client) -> None:
