@@ -99,7 +99,7 @@ class RazorEndpoints:
         engines = (await service.reader.read()).engines
         compat.tell_longest_dense(vllm_config, min(e["longest_dense"] for e in engines))
         _watch_end(engine_client, state)
-        logging.getLogger(async_llm.__name__).addFilter(CleanStop(engine_client, state))
+        async_llm.logger.addFilter(CleanStop(engine_client, state))
         if vllm_config.parallel_config._api_process_rank <= 0 and state.log_stats:
             # One process of several: they would all report the same engines.
             metrics = PoolMetrics(vllm_config, config)

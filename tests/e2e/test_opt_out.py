@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from engines import answers, engine, manager_of, prompts, run_script
+from vllm.exceptions import VLLMValidationError
 
 pytestmark = pytest.mark.engine
 
@@ -31,7 +32,9 @@ def test_what_can_never_fit_is_refused(model_dir: Path) -> None:
     with engine(model_dir, {"window": 64, "prefill": "windowed"}, **SMALL) as llm:
         longest = longest_dense(llm)
         assert 500 < longest < 3000
-        with pytest.raises(ValueError, match=rf"holds prompt and answer of up to {longest} tokens"):
+        with pytest.raises(
+            VLLMValidationError, match=rf"holds prompt and answer of up to {longest} tokens"
+        ):
             answers(llm, prompts([longest]), 1, **FULL)
         long = prompts([longest - 5, longest - 40], seed=1)
         found = answers(llm, long, 60, **FULL)
