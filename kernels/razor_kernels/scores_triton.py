@@ -33,10 +33,10 @@ def _log2_logits(qk, inner, outer, HAS_SOFT_CAP: tl.constexpr):
 
 @triton.jit
 def _stream_keys(
-    q,
-    m_i,
-    l_i,
-    rows,
+    q,  # [BLOCK_M, BLOCK_D]
+    m_i,  # [BLOCK_M]
+    l_i,  # [BLOCK_M]
+    rows,  # [BLOCK_M]
     begin,
     end,
     seq_len,
@@ -54,16 +54,16 @@ def _stream_keys(
     """Running maximum and sum over keys `begin .. end`; with CAUSAL_EDGE, of those j <= i."""
     dims = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
+        cols = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         offsets = dims[:, None] * stride_key_dim + cols[None, :].to(tl.int64) * stride_key_row
         mask = (dims[:, None] < HEAD_DIM) & (cols[None, :] < seq_len)
         k = tl.load(key_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_N]
         # tf32x3: fp32 on tensor cores to about fp32's precision; bf16 and fp16 are not touched.
-        qk = tl.dot(q, k, input_precision="tf32x3")
+        qk = tl.dot(q, k, input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
         qk = _log2_logits(qk, inner, outer, HAS_SOFT_CAP)
         if CAUSAL_EDGE:
             qk = tl.where(cols[None, :] <= rows[:, None], qk, -float("inf"))
-        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))  # [BLOCK_M]
         l_i = l_i * tl.exp2(m_i - m_new) + tl.sum(tl.exp2(qk - m_new[:, None]), 1)
         m_i = m_new
     return m_i, l_i
@@ -73,10 +73,10 @@ def _stream_keys(
 def _weight_at(
     query_ptr,
     key_ptr,
-    lse,
-    rows,
-    cols,
-    seen,
+    lse,  # [BLOCK_M]
+    rows,  # [BLOCK_M]
+    cols,  # [BLOCK_M]
+    seen,  # [BLOCK_M]
     stride_query_row,
     stride_query_dim,
     stride_key_row,
@@ -91,15 +91,15 @@ def _weight_at(
     """Attention weight of query `rows[n]` on key `cols[n]`; 0 where not `seen`."""
     PART: tl.constexpr = 32  # dimensions at a time: whole rows of both would spill
     qk = tl.zeros([BLOCK_M], tl.float32)
-    query_ptr += rows[:, None].to(tl.int64) * stride_query_row
-    key_ptr += cols[:, None].to(tl.int64) * stride_key_row
+    query_ptr += rows[:, None].to(tl.int64) * stride_query_row  # [BLOCK_M, 1]
+    key_ptr += cols[:, None].to(tl.int64) * stride_key_row  # [BLOCK_M, 1]
     for begin in range(0, BLOCK_D, PART):
-        dims = begin + tl.arange(0, PART)[None, :]
-        mask = seen[:, None] & (dims < HEAD_DIM)
+        dims = begin + tl.arange(0, PART)[None, :]  # [1, PART]
+        mask = seen[:, None] & (dims < HEAD_DIM)  # [BLOCK_M, PART]
         q = tl.load(query_ptr + dims * stride_query_dim, mask=mask, other=0.0)  # [BLOCK_M, PART]
-        k = tl.load(key_ptr + dims * stride_key_dim, mask=mask, other=0.0)
-        qk += tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-    weight = tl.exp2(_log2_logits(qk, inner, outer, HAS_SOFT_CAP) - lse)
+        k = tl.load(key_ptr + dims * stride_key_dim, mask=mask, other=0.0)  # [BLOCK_M, PART]
+        qk += tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)  # [BLOCK_M]
+    weight = tl.exp2(_log2_logits(qk, inner, outer, HAS_SOFT_CAP) - lse)  # [BLOCK_M]
     return tl.where(seen, weight, 0.0)
 
 
@@ -138,12 +138,12 @@ def _repeat_mass_kernel(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     first = 1 + period + tile * BLOCK_M
-    rows = first + tl.arange(0, BLOCK_M)
+    rows = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     dims = tl.arange(0, BLOCK_D)
     key_ptr += head // GROUP * stride_key_head
     query_ptr += head * stride_query_head
     offsets = rows[:, None].to(tl.int64) * stride_query_row + dims[None, :] * stride_query_dim
-    mask = (rows[:, None] < seq_len) & (dims[None, :] < HEAD_DIM)
+    mask = (rows[:, None] < seq_len) & (dims[None, :] < HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     q = tl.load(query_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
 
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -158,13 +158,13 @@ def _repeat_mass_kernel(
         q, m_i, l_i, rows, edge, end, seq_len, key_ptr, stride_key_row, stride_key_dim,
         inner, outer, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_SOFT_CAP, True,
     )  # fmt: skip
-    lse = m_i + tl.log2(l_i)
+    lse = m_i + tl.log2(l_i)  # [BLOCK_M]
 
     echo = tl.zeros([BLOCK_M], tl.float32)
     induction = tl.zeros([BLOCK_M], tl.float32)
     for back in tl.static_range(1, COPIES):
-        seen = (rows < seq_len) & (rows > back * period)
-        cols = rows - back * period
+        seen = (rows < seq_len) & (rows > back * period)  # [BLOCK_M]
+        cols = rows - back * period  # [BLOCK_M]
         echo += _weight_at(
             query_ptr, key_ptr, lse, rows, cols, seen, stride_query_row, stride_query_dim,
             stride_key_row, stride_key_dim, inner, outer, HEAD_DIM, BLOCK_D, BLOCK_M, HAS_SOFT_CAP,

@@ -110,23 +110,23 @@ def _load_pools(heads, plan):
 @triton.jit
 def _find_head(heads, plan, rank, KIND: tl.constexpr):
     """The rank-th KV head of a kind."""
-    index, pools = _load_pools(heads, plan)
-    ranks = tl.cumsum((pools == KIND).to(tl.int32), 0) - 1
+    index, pools = _load_pools(heads, plan)  # [BLOCK_H]
+    ranks = tl.cumsum((pools == KIND).to(tl.int32), 0) - 1  # [BLOCK_H]
     return tl.sum(tl.where((pools == KIND) & (ranks == rank), index, 0), 0).to(tl.int64)
 
 
 @triton.jit
 def _num_tiles(pool, plan, start, stop, dense_until):
     """Tiles that a request with queries at [start, stop) has to read; 0 where it is no decode."""
-    _, _, length = keys_of(pool, start, stop - 1, dense_until)
-    is_decode = (stop > start) & (stop - start <= plan.MAX_QUERIES)
+    _, _, length = keys_of(pool, start, stop - 1, dense_until)  # [BLOCK_R]
+    is_decode = (stop > start) & (stop - start <= plan.MAX_QUERIES)  # [BLOCK_R]
     return tl.where(is_decode, tl.cdiv(length, plan.BLOCK_N), 0)
 
 
 @triton.jit
 def _list_items(plan, tiles, span, requests, request, num_requests, n, KIND: tl.constexpr):
     """Items of one request and kind: `cdiv(tiles, span)`, after those of requests before it."""
-    count = tl.cdiv(tiles, span)
+    count = tl.cdiv(tiles, span)  # [BLOCK_R]
     own = tl.sum(tl.where(requests == request, count, 0), 0)
     first = tl.sum(tl.where(requests < request, count, 0), 0)
     first_item_ptr = plan.first_item_ptr + (n * 2 + KIND) * (plan.MAX_REQUESTS + 1)
@@ -136,7 +136,7 @@ def _list_items(plan, tiles, span, requests, request, num_requests, n, KIND: tl.
         tl.store(first_item_ptr + plan.MAX_REQUESTS, first + own)
     items_ptr = plan.items_ptr + (n * 2 + KIND) * plan.MAX_ITEMS + first
     for start in range(0, own, 128):
-        index = start + tl.arange(0, 128)
+        index = start + tl.arange(0, 128)  # [128]
         tl.store(items_ptr + index, tl.zeros_like(index) + request, mask=index < own)
 
 
@@ -161,11 +161,11 @@ def _plan_kernel(
     n, request = tl.program_id(0), tl.program_id(1)
     requests = tl.arange(0, BLOCK_R)
     mask = requests < num_requests
-    stop = tl.load(batch.seq_lens_ptr + requests, mask=mask, other=0)
-    begin = tl.load(batch.query_start_loc_ptr + requests, mask=mask, other=0)
-    end = tl.load(batch.query_start_loc_ptr + requests + 1, mask=mask, other=0)
-    until = tl.load(batch.dense_until_ptr + requests, mask=mask, other=0)
-    start = stop - (end - begin)
+    stop = tl.load(batch.seq_lens_ptr + requests, mask=mask, other=0)  # [BLOCK_R]
+    begin = tl.load(batch.query_start_loc_ptr + requests, mask=mask, other=0)  # [BLOCK_R]
+    end = tl.load(batch.query_start_loc_ptr + requests + 1, mask=mask, other=0)  # [BLOCK_R]
+    until = tl.load(batch.dense_until_ptr + requests, mask=mask, other=0)  # [BLOCK_R]
+    start = stop - (end - begin)  # [BLOCK_R]
     if retrieval is not None:
         retrieval_tiles = _num_tiles(retrieval, plan, start, stop, until)
     else:
@@ -174,8 +174,8 @@ def _plan_kernel(
         local_tiles = _num_tiles(local, plan, start, stop, until)
     else:
         local_tiles = tl.zeros_like(stop)
-    retrieval_tiles = tl.where(n > 0, retrieval_tiles, 0)
-    local_tiles = tl.where(n < plan.NUM_KV_HEADS, local_tiles, 0)
+    retrieval_tiles = tl.where(n > 0, retrieval_tiles, 0)  # [BLOCK_R]
+    local_tiles = tl.where(n < plan.NUM_KV_HEADS, local_tiles, 0)  # [BLOCK_R]
 
     tiles = tl.sum(retrieval_tiles.to(tl.int64), 0) * n
     tiles += tl.sum(local_tiles.to(tl.int64), 0) * (plan.NUM_KV_HEADS - n)
@@ -222,32 +222,35 @@ def _attend(
 
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
-    used = rows < query_len * GROUP
-    position = tl.minimum(start + rows // GROUP, stop - 1)
-    token = (first_token + rows // GROUP).to(tl.int64)
+    used = rows < query_len * GROUP  # [BLOCK_M]
+    position = tl.minimum(start + rows // GROUP, stop - 1)  # [BLOCK_M]
+    token = (first_token + rows // GROUP).to(tl.int64)  # [BLOCK_M]
     q_ptr = query.ptr + head * query.stride_head
     q_ptr += (token * query.stride_token + rows % GROUP * query.stride_group)[:, None]
-    in_dims = (dims < pool.HEAD_DIM)[None, :]
+    in_dims = (dims < pool.HEAD_DIM)[None, :]  # [1, BLOCK_D]
+    # [BLOCK_M, BLOCK_D]
     q = tl.load(q_ptr + dims[None, :], mask=used[:, None] & in_dims, other=0.0)
+    # [BLOCK_M, 1]
     slopes = load_slopes(logit_params, (head * GROUP + rows % GROUP).to(tl.int32))[:, None]
     if pool.LOCAL and plan.MAX_QUERIES > 1:
         window_start = first_window_page(pool, position // pool.BLOCK_SIZE) * pool.BLOCK_SIZE
-        window_start = tl.where(position < until, 0, window_start)[:, None]
+        window_start = tl.where(position < until, 0, window_start)[:, None]  # [BLOCK_M, 1]
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     end_tile = tl.minimum(first_tile + span, tl.cdiv(length, plan.BLOCK_N))
     for tile in range(first_tile, end_tile):
-        listed = tile * plan.BLOCK_N + tl.arange(0, plan.BLOCK_N)
-        key_position = listed + tl.where(listed < num_sinks, 0, gap)
+        listed = tile * plan.BLOCK_N + tl.arange(0, plan.BLOCK_N)  # [BLOCK_N]
+        key_position = listed + tl.where(listed < num_sinks, 0, gap)  # [BLOCK_N]
+        # [BLOCK_N, BLOCK_D]
         k, v = load_kv(pool, request, slot, key_position, listed < length, q.dtype, BLOCK_D)
-        qk = tl.dot(q, tl.trans(k), input_precision=logit_params.PRECISION)
-        distance = (key_position[None, :] - position[:, None]).to(tl.float32)
+        qk = tl.dot(q, tl.trans(k), input_precision=logit_params.PRECISION)  # [BLOCK_M, BLOCK_N]
+        distance = (key_position[None, :] - position[:, None]).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         qk = to_log2(logit_params, qk, distance, slopes)
-        seen = (listed < length)[None, :]
+        seen = (listed < length)[None, :]  # [1, BLOCK_N]
         if plan.MAX_QUERIES > 1:
-            seen = key_position[None, :] <= position[:, None]
+            seen = key_position[None, :] <= position[:, None]  # [BLOCK_M, BLOCK_N]
             if pool.LOCAL:
                 of_window = key_position[None, :] >= window_start
                 seen = seen & (of_window | (key_position < pool.SINKS)[None, :])
@@ -255,9 +258,9 @@ def _attend(
         acc, m_i, l_i = accumulate(acc, m_i, l_i, qk, v, logit_params.PRECISION)
 
     # A row that saw nothing has lse -inf, and no weight.
-    out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
-    lse = tl.where(l_i > 0, m_i + tl.log2(l_i), float("-inf"))
-    row = unit * (plan.MAX_QUERIES * GROUP) + rows
+    out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]  # [BLOCK_M, BLOCK_D]
+    lse = tl.where(l_i > 0, m_i + tl.log2(l_i), float("-inf"))  # [BLOCK_M]
+    row = unit * (plan.MAX_QUERIES * GROUP) + rows  # [BLOCK_M]
     out_ptr = partials.out_ptr + row[:, None] * pool.HEAD_DIM + dims[None, :]
     tl.store(out_ptr, out, mask=used[:, None] & in_dims)
     tl.store(partials.lse_ptr + row, lse, mask=used)
@@ -278,7 +281,7 @@ def _decode_kernel(
 ):
     """Unit program_id(0), if there is one."""
     unit = tl.program_id(0)
-    _, pools = _load_pools(heads, plan)
+    _, pools = _load_pools(heads, plan)  # [BLOCK_H]
     n = tl.sum((pools == 0).to(tl.int32), 0)
     num_local = plan.NUM_KV_HEADS - n
     totals_ptr = plan.first_item_ptr + n * 2 * (plan.MAX_REQUESTS + 1) + plan.MAX_REQUESTS
@@ -307,7 +310,7 @@ def _join(acc, m_i, l_i, lse, values):
     """Join `[N]` weights 2^lse and `[N, D]` values to an output in the making."""
     m_new = tl.maximum(m_i, tl.max(lse, 0))
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(lse - m_safe)
+    p = tl.exp2(lse - m_safe)  # [N]
     alpha = tl.exp2(m_i - m_safe)
     return acc * alpha + tl.sum(p[:, None] * values, 0), m_new, l_i * alpha + tl.sum(p, 0)
 
@@ -315,11 +318,11 @@ def _join(acc, m_i, l_i, lse, values):
 @triton.jit
 def _slot_term(pool, logit_params, request, slot, head, q, position, GROUP, BLOCK_D: tl.constexpr):
     """Logit in log2 `[1]` and value `[1, BLOCK_D]` of the compensation slot of one query."""
-    page = position // pool.BLOCK_SIZE + tl.arange(0, 1)
-    k, v, dropped = load_slots(pool, request, slot, page, page >= 0, BLOCK_D)
-    qk = tl.sum(q[None, :] * k, 1)
+    page = position // pool.BLOCK_SIZE + tl.arange(0, 1)  # [1]
+    k, v, dropped = load_slots(pool, request, slot, page, page >= 0, BLOCK_D)  # k, v: [1, BLOCK_D]
+    qk = tl.sum(q[None, :] * k, 1)  # [1]
     # Dropped are positions [SINKS, SINKS + N).
-    mean = pool.SINKS + (dropped - 1).to(tl.float32) * 0.5
+    mean = pool.SINKS + (dropped - 1).to(tl.float32) * 0.5  # [1]
     logit = to_log2(logit_params, qk, mean - position, load_slopes(logit_params, head))
     logit += tl.log2(tl.maximum(dropped, 1).to(tl.float32))
     return tl.where(dropped > 0, logit, float("-inf")), v
@@ -351,7 +354,7 @@ def _merge_kernel(
     first_token = tl.load(batch.query_start_loc_ptr + request)
     query_len = tl.load(batch.query_start_loc_ptr + request + 1) - first_token
     if (row < query_len * GROUP) & (query_len <= plan.MAX_QUERIES):
-        index, pools = _load_pools(heads, plan)
+        index, pools = _load_pools(heads, plan)  # [BLOCK_H]
         kind = tl.load(heads.pool_of_ptr + head)
         rank = tl.sum(((pools == kind) & (index < head)).to(tl.int32), 0)
         n = tl.sum((pools == 0).to(tl.int32), 0)
@@ -368,14 +371,15 @@ def _merge_kernel(
         m_i = tl.max(tl.full([BLOCK_N], float("-inf"), tl.float32), 0)
         l_i = tl.sum(tl.zeros([BLOCK_N], tl.float32), 0)
         for start in range(first, end, BLOCK_N):
-            item = start + tl.arange(0, BLOCK_N)
-            unit = (first_unit + item * num_heads).to(tl.int64)
-            place = unit * (plan.MAX_QUERIES * GROUP) + row
+            item = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            unit = (first_unit + item * num_heads).to(tl.int64)  # [BLOCK_N]
+            place = unit * (plan.MAX_QUERIES * GROUP) + row  # [BLOCK_N]
+            # [BLOCK_N]
             lse = tl.load(partials.lse_ptr + place, mask=item < end, other=float("-inf"))
             out_ptr = partials.out_ptr + place[:, None] * HEAD_DIM + dims[None, :]
-            mask = (item < end)[:, None] & in_dims[None, :]
-            values = tl.load(out_ptr, mask=mask, other=0.0)
-            acc, m_i, l_i = _join(acc, m_i, l_i, lse, values)
+            mask = (item < end)[:, None] & in_dims[None, :]  # [BLOCK_N, BLOCK_D]
+            values = tl.load(out_ptr, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+            acc, m_i, l_i = _join(acc, m_i, l_i, lse, values)  # acc: [BLOCK_D]
 
         token = (first_token + row // GROUP).to(tl.int64)
         group = row % GROUP
@@ -394,7 +398,7 @@ def _merge_kernel(
                 acc, m_i, l_i = _join(acc, m_i, l_i, logit, v)
 
         out_ptr = out.ptr + token * out.stride_token + head * out.stride_head
-        result = (acc / l_i * v_scale).to(out.ptr.dtype.element_ty)
+        result = (acc / l_i * v_scale).to(out.ptr.dtype.element_ty)  # [BLOCK_D]
         tl.store(out_ptr + group * out.stride_group + dims, result, mask=in_dims)
 
 

@@ -49,10 +49,10 @@ def _find_request(query_start_loc_ptr, block, num_requests, BLOCK_Q: tl.constexp
 
 @triton.jit
 def _attend_tiles(
-    acc,
-    m_i,
-    l_i,
-    q,
+    acc,  # [BLOCK_M, BLOCK_D]
+    m_i,  # [BLOCK_M]
+    l_i,  # [BLOCK_M]
+    q,  # [BLOCK_M, BLOCK_D]
     pool,
     logit_params,
     request,
@@ -73,16 +73,17 @@ def _attend_tiles(
     num_sinks, gap, length = keys
     for index in range(first, last - (skip_to - skip_from)):
         tile = index + tl.where(index < skip_from, 0, skip_to - skip_from)
-        listed = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        key_position = listed + tl.where(listed < num_sinks, 0, gap)
+        listed = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        key_position = listed + tl.where(listed < num_sinks, 0, gap)  # [BLOCK_N]
+        # [BLOCK_N, BLOCK_D]
         k, v = load_kv(pool, request, slot, key_position, listed < length, q.dtype, BLOCK_D)
-        qk = tl.dot(q, tl.trans(k), input_precision=logit_params.PRECISION)
-        distance = (key_position[None, :] - position[:, None]).to(tl.float32)
+        qk = tl.dot(q, tl.trans(k), input_precision=logit_params.PRECISION)  # [BLOCK_M, BLOCK_N]
+        distance = (key_position[None, :] - position[:, None]).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         qk = to_log2(logit_params, qk, distance, slopes[:, None])
         if MASK:
-            seen = key_position[None, :] <= position[:, None]
+            seen = key_position[None, :] <= position[:, None]  # [BLOCK_M, BLOCK_N]
             if pool.LOCAL:
-                of_window = key_position[None, :] >= window_start[:, None]
+                of_window = key_position[None, :] >= window_start[:, None]  # [BLOCK_M, BLOCK_N]
                 seen = seen & (of_window | (key_position < pool.SINKS)[None, :])
             qk = tl.where(seen, qk, float("-inf"))
         acc, m_i, l_i = accumulate(acc, m_i, l_i, qk, v, logit_params.PRECISION)
@@ -91,10 +92,10 @@ def _attend_tiles(
 
 @triton.jit
 def _attend_slots(
-    acc,
-    m_i,
-    l_i,
-    q,
+    acc,  # [BLOCK_M, BLOCK_D]
+    m_i,  # [BLOCK_M]
+    l_i,  # [BLOCK_M]
+    q,  # [BLOCK_M, BLOCK_D]
     pool,
     logit_params,
     request,
@@ -108,14 +109,16 @@ def _attend_slots(
     BLOCK_D: tl.constexpr,
 ):
     """Join the compensation slot of each row's page, for rows at or beyond `until`."""
-    pages = first // pool.BLOCK_SIZE + tl.arange(0, NUM_SLOTS)
-    valid = pages <= last // pool.BLOCK_SIZE
+    pages = first // pool.BLOCK_SIZE + tl.arange(0, NUM_SLOTS)  # [NUM_SLOTS]
+    valid = pages <= last // pool.BLOCK_SIZE  # [NUM_SLOTS]
+    # k, v: [NUM_SLOTS, BLOCK_D]; dropped: [NUM_SLOTS]
     k, v, dropped = load_slots(pool, request, slot, pages, valid, BLOCK_D)
+    # [BLOCK_M, NUM_SLOTS]
     qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=logit_params.PRECISION)
-    mean = pool.SINKS + (dropped - 1).to(tl.float32) * 0.5
+    mean = pool.SINKS + (dropped - 1).to(tl.float32) * 0.5  # [NUM_SLOTS]
     qk = to_log2(logit_params, qk, mean[None, :] - position[:, None], slopes[:, None])
     qk += tl.log2(tl.maximum(dropped, 1).to(tl.float32))[None, :]
-    own = (position // pool.BLOCK_SIZE)[:, None] == pages[None, :]
+    own = (position // pool.BLOCK_SIZE)[:, None] == pages[None, :]  # [BLOCK_M, NUM_SLOTS]
     own = own & (dropped > 0)[None, :] & (position >= until)[:, None]
     qk = tl.where(own, qk, float("-inf"))
     return accumulate(acc, m_i, l_i, qk, v.to(q.dtype), logit_params.PRECISION)
@@ -146,13 +149,13 @@ def _attend_block(
     last = first + num_queries - 1
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
-    position = tl.minimum(first + rows // GROUP, last)
-    token = (first_token + rows // GROUP).to(tl.int64)
+    position = tl.minimum(first + rows // GROUP, last)  # [BLOCK_M]
+    token = (first_token + rows // GROUP).to(tl.int64)  # [BLOCK_M]
     mask = (rows < num_queries * GROUP)[:, None] & (dims < pool.HEAD_DIM)[None, :]
     q_ptr = query.ptr + head * query.stride_head
     q_ptr += (token * query.stride_token + rows % GROUP * query.stride_group)[:, None]
-    q = tl.load(q_ptr + dims[None, :], mask=mask, other=0.0)
-    slopes = load_slopes(logit_params, (head * GROUP + rows % GROUP).to(tl.int32))
+    q = tl.load(q_ptr + dims[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+    slopes = load_slopes(logit_params, (head * GROUP + rows % GROUP).to(tl.int32))  # [BLOCK_M]
 
     num_sinks, gap, length = keys_of(pool, first, last, until)
     num_tiles = tl.cdiv(length, BLOCK_N)
@@ -160,7 +163,7 @@ def _attend_block(
     window_start = position
     if pool.LOCAL:
         window_start = first_window_page(pool, position // pool.BLOCK_SIZE) * pool.BLOCK_SIZE
-        window_start = tl.where(position < until, 0, window_start)
+        window_start = tl.where(position < until, 0, window_start)  # [BLOCK_M]
         # Where the last query's window begins in the list; at the gap, all see all of it.
         start = tl.max(window_start, 0) - gap
         low = tl.where(start <= num_sinks, 0, tl.cdiv(start, BLOCK_N))
@@ -187,8 +190,8 @@ def _attend_block(
     )  # fmt: skip
 
     out_ptr = out.ptr + head * out.stride_head
-    out_ptr += (token * out.stride_token + rows % GROUP * out.stride_group)[:, None]
-    result = (acc / l_i[:, None] * v_scale).to(out.ptr.dtype.element_ty)
+    out_ptr += (token * out.stride_token + rows % GROUP * out.stride_group)[:, None]  # [BLOCK_M, 1]
+    result = (acc / l_i[:, None] * v_scale).to(out.ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_D]
     tl.store(out_ptr + dims[None, :], result, mask=mask)
 
 

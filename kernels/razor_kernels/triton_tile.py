@@ -142,14 +142,16 @@ def load_kv(pool, request, slot, positions, valid, dtype: tl.constexpr, BLOCK_D:
     """
     dims = tl.arange(0, BLOCK_D)
     table_ptr = pool.block_table_ptr + request * pool.stride_block_table
+    # [BLOCK_N]
     pages = tl.load(table_ptr + positions // pool.BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-    offsets = positions % pool.BLOCK_SIZE * (2 * pool.HEAD_DIM)
+    offsets = positions % pool.BLOCK_SIZE * (2 * pool.HEAD_DIM)  # [BLOCK_N]
     slot_ptr = pool.cache_ptr + slot * pool.stride_cache_slot
+    # [BLOCK_N, BLOCK_D]
     k_ptr = slot_ptr + (pages * pool.stride_cache_page + offsets)[:, None] + dims[None, :]
-    mask = valid[:, None]
+    mask = valid[:, None]  # [BLOCK_N, 1]
     if BLOCK_D != pool.HEAD_DIM:
-        mask = mask & (dims < pool.HEAD_DIM)[None, :]
-    k = to_float(tl.load(k_ptr, mask=mask, other=0.0)).to(dtype)
+        mask = mask & (dims < pool.HEAD_DIM)[None, :]  # [BLOCK_N, BLOCK_D]
+    k = to_float(tl.load(k_ptr, mask=mask, other=0.0)).to(dtype)  # [BLOCK_N, BLOCK_D]
     v = to_float(tl.load(k_ptr + pool.HEAD_DIM, mask=mask, other=0.0)).to(dtype)
     return k, v
 
@@ -161,16 +163,16 @@ def load_slots(pool, request, slot, pages, valid, BLOCK_D: tl.constexpr):
     k^ and v^ `[NUM_SLOTS, BLOCK_D]` are fp32, in stored units: S(first window page - 1) / N.
     N is 0 where no token was dropped, or `valid` is not set.
     """
-    first = first_window_page(pool, pages)
-    dropped = tl.where(valid, tl.maximum(first * pool.BLOCK_SIZE - pool.SINKS, 0), 0)
+    first = first_window_page(pool, pages)  # [NUM_SLOTS]
+    dropped = tl.where(valid, tl.maximum(first * pool.BLOCK_SIZE - pool.SINKS, 0), 0)  # [NUM_SLOTS]
     table_ptr = pool.block_table_ptr + request * pool.stride_block_table
-    page = tl.load(table_ptr + first - 1, mask=dropped > 0, other=0).to(tl.int64)
+    page = tl.load(table_ptr + first - 1, mask=dropped > 0, other=0).to(tl.int64)  # [NUM_SLOTS]
     dims = tl.arange(0, BLOCK_D)
-    sums_ptr = tail_ptr(pool, page, slot)[:, None] + dims[None, :]
-    mask = (dropped > 0)[:, None] & (dims < pool.HEAD_DIM)[None, :]
-    count = tl.maximum(dropped, 1).to(tl.float32)[:, None]
-    k = tl.load(sums_ptr, mask=mask, other=0.0) / count
-    v = tl.load(sums_ptr + pool.HEAD_DIM, mask=mask, other=0.0) / count
+    sums_ptr = tail_ptr(pool, page, slot)[:, None] + dims[None, :]  # [NUM_SLOTS, BLOCK_D]
+    mask = (dropped > 0)[:, None] & (dims < pool.HEAD_DIM)[None, :]  # [NUM_SLOTS, BLOCK_D]
+    count = tl.maximum(dropped, 1).to(tl.float32)[:, None]  # [NUM_SLOTS, 1]
+    k = tl.load(sums_ptr, mask=mask, other=0.0) / count  # [NUM_SLOTS, BLOCK_D]
+    v = tl.load(sums_ptr + pool.HEAD_DIM, mask=mask, other=0.0) / count  # [NUM_SLOTS, BLOCK_D]
     return k, v, dropped
 
 
@@ -214,9 +216,9 @@ def load_slopes(logit_params, heads):
 @triton.jit
 def accumulate(acc, m_i, l_i, logits, v, PRECISION: tl.constexpr):
     """One step of the online softmax: `[M, D], [M], [M]` joined by `[M, N]` and `[N, D]`."""
-    m_new = tl.maximum(m_i, tl.max(logits, 1))
+    m_new = tl.maximum(m_i, tl.max(logits, 1))  # [M]
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that sees nothing yet
-    p = tl.exp2(logits - m_safe[:, None])
-    alpha = tl.exp2(m_i - m_safe)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    p = tl.exp2(logits - m_safe[:, None])  # [M, N]
+    alpha = tl.exp2(m_i - m_safe)  # [M]
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # [M, D]
     return acc, m_new, l_i * alpha + tl.sum(p, 1)

@@ -43,15 +43,17 @@ class Tokens(NamedTuple):
 def _store_rows(pool, slot, head, key, value, tokens, num_tokens, BLOCK_D: tl.constexpr):
     """cache[page, slot, offset] = key / scale, value / scale where slot_mapping >= 0."""
     dims = tl.arange(0, BLOCK_D)
-    place = tl.load(pool.slot_mapping_ptr + tokens, mask=tokens < num_tokens, other=-1)
-    place = place.to(tl.int64)
-    mask = (place >= 0)[:, None] & (dims < pool.HEAD_DIM)[None, :]
+    place = tl.load(pool.slot_mapping_ptr + tokens, mask=tokens < num_tokens, other=-1)  # [BLOCK_T]
+    place = place.to(tl.int64)  # [BLOCK_T]
+    mask = (place >= 0)[:, None] & (dims < pool.HEAD_DIM)[None, :]  # [BLOCK_T, BLOCK_D]
     k_ptr = key.ptr + head * key.stride_head
     v_ptr = value.ptr + head * value.stride_head
+    # [BLOCK_T, BLOCK_D]
     k = tl.load(k_ptr + tokens[:, None] * key.stride_token + dims[None, :], mask=mask)
     v = tl.load(v_ptr + tokens[:, None] * value.stride_token + dims[None, :], mask=mask)
-    page, offset = place // pool.BLOCK_SIZE, place % pool.BLOCK_SIZE
-    rows = page * pool.stride_cache_page + offset * (2 * pool.HEAD_DIM)
+    page, offset = place // pool.BLOCK_SIZE, place % pool.BLOCK_SIZE  # [BLOCK_T]
+    rows = page * pool.stride_cache_page + offset * (2 * pool.HEAD_DIM)  # [BLOCK_T]
+    # [BLOCK_T, BLOCK_D]
     rows_ptr = pool.cache_ptr + slot * pool.stride_cache_slot + rows[:, None] + dims[None, :]
     dtype: tl.constexpr = pool.cache_ptr.dtype.element_ty
     tl.store(rows_ptr, to_stored(k.to(tl.float32), key.scale, dtype), mask=mask)
@@ -65,8 +67,8 @@ def _page_sums(new_ptr, old_ptr, new_mask, old_mask, scale):
     new: the step's own tokens, rounded here as they are stored. old: rows of the cache.
     """
     dtype: tl.constexpr = old_ptr.dtype.element_ty
-    new = tl.load(new_ptr, mask=new_mask, other=0.0).to(tl.float32)
-    old = tl.load(old_ptr, mask=old_mask, other=0.0)
+    new = tl.load(new_ptr, mask=new_mask, other=0.0).to(tl.float32)  # [PAGES, ROWS, BLOCK_S]
+    old = tl.load(old_ptr, mask=old_mask, other=0.0)  # [PAGES, ROWS, BLOCK_S]
     new = to_float(to_stored(new, scale, dtype)).to(tl.float32)
     return tl.sum(tl.where(new_mask, new, to_float(old).to(tl.float32)), 1)
 
@@ -101,39 +103,41 @@ def _store_tails(
     end_page = tl.where(query_len > 0, stop // pool.BLOCK_SIZE, first_page)
     table_ptr = pool.block_table_ptr + request * pool.stride_block_table
 
-    in_dims = dims < pool.HEAD_DIM
+    in_dims = dims < pool.HEAD_DIM  # [BLOCK_S]
     has_previous = (end_page > first_page) & (first_page > 0)
     previous = tl.load(table_ptr + first_page - 1, mask=has_previous, other=0).to(tl.int64)
-    previous_ptr = tail_ptr(pool, previous, slot) + dims
-    k_carry = tl.load(previous_ptr, mask=in_dims & has_previous, other=0.0)
+    previous_ptr = tail_ptr(pool, previous, slot) + dims  # [BLOCK_S]
+    k_carry = tl.load(previous_ptr, mask=in_dims & has_previous, other=0.0)  # [BLOCK_S]
     v_carry = tl.load(previous_ptr + pool.HEAD_DIM, mask=in_dims & has_previous, other=0.0)
 
     rows = tl.arange(0, ROWS)
-    k_ptr = key.ptr + head * key.stride_head + dims[None, None, :]
-    v_ptr = value.ptr + head * value.stride_head + dims[None, None, :]
+    k_ptr = key.ptr + head * key.stride_head + dims[None, None, :]  # [1, 1, BLOCK_S]
+    v_ptr = value.ptr + head * value.stride_head + dims[None, None, :]  # [1, 1, BLOCK_S]
     slot_ptr = pool.cache_ptr + slot * pool.stride_cache_slot + dims[None, None, :]
     for tile in range(first_page, end_page, PAGES):
-        index = tile + tl.arange(0, PAGES)
-        page = tl.load(table_ptr + index, mask=index < end_page, other=0).to(tl.int64)
+        index = tile + tl.arange(0, PAGES)  # [PAGES]
+        page = tl.load(table_ptr + index, mask=index < end_page, other=0).to(tl.int64)  # [PAGES]
         position = index[:, None] * pool.BLOCK_SIZE + rows[None, :]  # [PAGES, ROWS]
+        # [PAGES, ROWS]
         counted = (position >= pool.SINKS) & (position < stop) & (rows < pool.BLOCK_SIZE)[None, :]
+        # [PAGES, ROWS, BLOCK_S]
         new = (counted & (position >= start))[:, :, None] & in_dims[None, None, :]
         old = (counted & (position < start))[:, :, None] & in_dims[None, None, :]
 
-        token = (first_token + position - start).to(tl.int64)[:, :, None]
+        token = (first_token + position - start).to(tl.int64)[:, :, None]  # [PAGES, ROWS, 1]
         row = (page * pool.stride_cache_page)[:, None] + rows[None, :] * (2 * pool.HEAD_DIM)
-        row_ptr = slot_ptr + row[:, :, None]
+        row_ptr = slot_ptr + row[:, :, None]  # [PAGES, ROWS, BLOCK_S]
         k_sums = _page_sums(k_ptr + token * key.stride_token, row_ptr, new, old, key.scale)
         row_ptr += pool.HEAD_DIM
         v_sums = _page_sums(v_ptr + token * value.stride_token, row_ptr, new, old, value.scale)
-        k_sums = tl.cumsum(k_sums, 0) + k_carry[None, :]
-        v_sums = tl.cumsum(v_sums, 0) + v_carry[None, :]
+        k_sums = tl.cumsum(k_sums, 0) + k_carry[None, :]  # [PAGES, BLOCK_S]
+        v_sums = tl.cumsum(v_sums, 0) + v_carry[None, :]  # [PAGES, BLOCK_S]
 
-        sums_ptr = tail_ptr(pool, page, slot)[:, None] + dims[None, :]
-        mask = (index < end_page)[:, None] & in_dims[None, :]
+        sums_ptr = tail_ptr(pool, page, slot)[:, None] + dims[None, :]  # [PAGES, BLOCK_S]
+        mask = (index < end_page)[:, None] & in_dims[None, :]  # [PAGES, BLOCK_S]
         tl.store(sums_ptr, k_sums, mask=mask)
         tl.store(sums_ptr + pool.HEAD_DIM, v_sums, mask=mask)
-        k_carry, v_carry = _last_row(k_sums, PAGES), _last_row(v_sums, PAGES)
+        k_carry, v_carry = _last_row(k_sums, PAGES), _last_row(v_sums, PAGES)  # [BLOCK_S]
 
 
 @triton.jit(do_not_specialize=["num_requests"])
@@ -157,7 +161,7 @@ def _write_kernel(
     is_retrieval = tl.load(heads.pool_of_ptr + head) == 0
     slot = tl.load(heads.slot_of_ptr + head).to(tl.int64)
     num_tail_programs = num_requests * NUM_SLICES
-    tokens = (program - num_tail_programs) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tokens = (program - num_tail_programs) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
     num_tokens = tl.load(batch.query_start_loc_ptr + num_requests)
     if (program >= num_tail_programs) & is_retrieval:
         if retrieval is not None:
