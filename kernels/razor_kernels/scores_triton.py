@@ -7,9 +7,9 @@ For query row i of the 2nd to 4th copy, with x(i, j) the logit of key j in log2,
     induction(i) = sum over m = 1 .. 3 of 2^(x(i, i - m * period + 1) - lse(i))
 
 where copies before the first are left out. A program holds a tile of rows of one query
-head, streams the keys of its KV head past it as flash attention does, without values, and
-then reads the two keys a copy that the sums name. `scores.repeat_scores` is the same in
-PyTorch, and calls this one on CUDA.
+head. It streams the keys of its KV head past the tile as flash attention does, without
+values, and then reads the two keys of each earlier copy that the sums need.
+`scores.repeat_scores` computes the same in PyTorch, and calls this kernel on CUDA.
 """
 
 import math
@@ -134,7 +134,7 @@ def _repeat_mass_kernel(
     keys         [0, edge)                    before every row: no mask
     keys         [edge, first + BLOCK_M)      the causal edge
     """
-    # The longest rows first: what is left over at the end is short.
+    # The longest rows first, so that the last programs to start are short.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     first = 1 + period + tile * BLOCK_M
@@ -190,8 +190,8 @@ class Tiles(NamedTuple):
 def tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
     """Tiles that compile without register spills for sm_80, sm_90 and sm_100.
 
-    Not tuned: no GPU has timed them. fp32 holds its operands in registers three times
-    over (tf32x3), so its tiles are small.
+    Not tuned: no GPU has timed them. fp32 keeps three copies of its operands in registers
+    (tf32x3), so its tiles are small.
     """
     if dtype != torch.float32:
         return Tiles(128, 64, 8, 2)

@@ -1,20 +1,20 @@
 """Decode: few queries a request, their keys split over the whole device.
 
 A unit of work is one KV head of one request over `span` tiles of its keys. A step's plan
-chooses the span so that there are units enough to fill the device, but no more than the
-buffers hold, and lists them: the units of one layer are
+chooses the span so that there are enough units to fill the device, but no more than the
+buffers hold, and lists them. The units of one layer are
 
     [0, R * r)               item u // r of the R items of retrieval heads, r-th head u % r
     [R * r, R * r + L * l)   the same for the L items of local heads
 
-with r and l the layer's retrieval and local heads. r differs from layer to layer, and the
-best span with it, so a plan holds one list for each r in [0, num_kv_heads].
+with r and l the numbers of retrieval and local heads of the layer. r differs from layer to
+layer, and the best span with it, so a plan holds one list for each r in [0, num_kv_heads].
 
     _plan_kernel     once a step: spans, items, where each request's items begin
     _decode_kernel   a unit: partial output and lse of every query row
     _merge_kernel    a query head: its units' partial results, and the compensation slot
 
-Grids and buffers depend on the number of requests alone, so CUDA graphs can hold all three.
+Grids and buffers depend only on the number of requests, so CUDA graphs can hold all three.
 """
 
 from typing import NamedTuple
@@ -38,31 +38,31 @@ from razor_kernels.triton_tile import (
 )
 
 WAVE = 2
-"""Units that an SM is given while that makes spans of at most MAX_SPAN: each has 2 tiles of
-16 KiB to 32 KiB in flight, and 2 x 32 KiB an SM cover 3.35 TB/s x 700 ns / 132 SMs = 18 KiB
-(H100) as 8 TB/s x 800 ns / 148 = 43 KiB (B200). Derived, not measured."""
+"""Units per SM, as long as their spans do not exceed MAX_SPAN. Each unit has 2 tiles of 16 to
+32 KiB in flight. 2 x 32 KiB per SM cover the 3.35 TB/s x 700 ns / 132 SMs = 18 KiB of an H100
+and the 8 TB/s x 800 ns / 148 SMs = 43 KiB of a B200. Derived, not measured."""
 
 MAX_SPAN = 16
-"""Tiles of a unit beyond one wave: 1,024 tokens of bf16 and head_dim 128 are 512 KiB, 20 us
-of an SM's share of an H100, beside which 2 KiB of partial results and a launch are small.
-Derived, not measured."""
+"""Tiles per unit when there is more than one wave. 1,024 tokens of bf16 and head_dim 128 are
+512 KiB. An SM reads them in 20 us at its share of an H100's bandwidth; 2 KiB of partial
+results and a launch are small beside that. Derived, not measured."""
 
 MAX_UNITS = 16
-"""Most units an SM; more would only add partial results to merge. Derived, not measured."""
+"""Most units per SM; more would only add partial results to merge. Derived, not measured."""
 
 _MERGE_ROWS = 32
-"""Partial results that a merging program reads at once: 32 x 128 fp32 are 32 registers a
-thread of 128. Derived, not measured."""
+"""Partial results that a merging program reads at once: 32 x 128 fp32 take 32 registers of
+each of 128 threads. Derived, not measured."""
 
 
 class Plan(NamedTuple):
     """A step's units, for every number of retrieval heads n in [0, num_kv_heads].
 
-    spans: int32 `[n]`, tiles a unit.
+    spans: int32 `[n]`, tiles per unit.
     items: int32 `[n, 2, max_items]`, request of each item, by kind of head; an item is a
         unit without its head.
-    first_item: int32 `[n, 2, max_requests + 1]`, where each request's items begin; the
-        last entry, and that after the last request's, is the number of items.
+    first_item: int32 `[n, 2, max_requests + 1]`, where each request's items begin. The
+        last entry, and the entry after the last request's, hold the number of items.
     """
 
     spans_ptr: torch.Tensor
@@ -117,7 +117,7 @@ def _find_head(heads, plan, rank, KIND: tl.constexpr):
 
 @triton.jit
 def _num_tiles(pool, plan, start, stop, dense_until):
-    """Tiles that a request with queries at [start, stop) has to read; 0 where it is no decode."""
+    """Tiles that a request with queries at [start, stop) reads; 0 where it is not a decode."""
     _, _, length = keys_of(pool, start, stop - 1, dense_until)  # [BLOCK_R]
     is_decode = (stop > start) & (stop - start <= plan.MAX_QUERIES)  # [BLOCK_R]
     return tl.where(is_decode, tl.cdiv(length, plan.BLOCK_N), 0)
@@ -125,7 +125,7 @@ def _num_tiles(pool, plan, start, stop, dense_until):
 
 @triton.jit
 def _list_items(plan, tiles, span, requests, request, num_requests, n, KIND: tl.constexpr):
-    """Items of one request and kind: `cdiv(tiles, span)`, after those of requests before it."""
+    """List items of one request and kind: `cdiv(tiles, span)`, after those of earlier requests."""
     count = tl.cdiv(tiles, span)  # [BLOCK_R]
     own = tl.sum(tl.where(requests == request, count, 0), 0)
     first = tl.sum(tl.where(requests < request, count, 0), 0)
@@ -154,9 +154,9 @@ def _plan_kernel(
 ):
     """Plan of request program_id(1) in layers with program_id(0) retrieval heads.
 
-    span = max(ceil(tiles / max_units), min(ceil(tiles / wave), MAX_SPAN)), of all requests'
-    and heads' tiles: one unit for each place of the device while that keeps units short,
-    then units of MAX_SPAN, then as many as there may be.
+    span = max(ceil(tiles / max_units), min(ceil(tiles / wave), MAX_SPAN)), with the tiles of
+    all requests and heads. Up to `wave` units of at most MAX_SPAN tiles, then more units of
+    MAX_SPAN tiles, then `max_units` longer ones.
     """
     n, request = tl.program_id(0), tl.program_id(1)
     requests = tl.arange(0, BLOCK_R)
@@ -279,7 +279,7 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Unit program_id(0), if there is one."""
+    """Attention of unit program_id(0); nothing to do if the plan has fewer units."""
     unit = tl.program_id(0)
     _, pools = _load_pools(heads, plan)  # [BLOCK_H]
     n = tl.sum((pools == 0).to(tl.int32), 0)
@@ -307,7 +307,7 @@ def _decode_kernel(
 
 @triton.jit
 def _join(acc, m_i, l_i, lse, values):
-    """Join `[N]` weights 2^lse and `[N, D]` values to an output in the making."""
+    """Add `[N, D]` values with `[N]` weights 2^lse to the running output `acc, m_i, l_i`."""
     m_new = tl.maximum(m_i, tl.max(lse, 0))
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(lse - m_safe)  # [N]
@@ -321,7 +321,7 @@ def _slot_term(pool, logit_params, request, slot, head, q, position, GROUP, BLOC
     page = position // pool.BLOCK_SIZE + tl.arange(0, 1)  # [1]
     k, v, dropped = load_slots(pool, request, slot, page, page >= 0, BLOCK_D)  # k, v: [1, BLOCK_D]
     qk = tl.sum(q[None, :] * k, 1)  # [1]
-    # Dropped are positions [SINKS, SINKS + N).
+    # The dropped positions are [SINKS, SINKS + N).
     mean = pool.SINKS + (dropped - 1).to(tl.float32) * 0.5  # [1]
     logit = to_log2(logit_params, qk, mean - position, load_slopes(logit_params, head))
     logit += tl.log2(tl.maximum(dropped, 1).to(tl.float32))
@@ -410,7 +410,7 @@ def plan(
     max_units: int,
     num_sms: int,
 ) -> None:
-    """Write a step's plan; max_units: of a layer, beyond one a request and head."""
+    """Write a step's plan. max_units: of a layer, on top of one per request and head."""
     num_requests = batch.seq_lens_ptr.shape[0]
     _plan_kernel[(plan.NUM_KV_HEADS.value + 1, num_requests)](
         retrieval,
@@ -444,7 +444,7 @@ def decode(
 ) -> None:
     """Attention of the requests that have at most `plan.MAX_QUERIES` queries.
 
-    max_units: as at `plan`; a larger one, as of a CUDA graph made for more requests, is fine.
+    max_units: as in `plan`, or larger: a CUDA graph may be captured for more requests.
     """
     num_requests = batch.seq_lens_ptr.shape[0]
     num_kv_heads, head_dim = plan.NUM_KV_HEADS.value, query.ptr.shape[-1]

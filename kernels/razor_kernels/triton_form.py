@@ -24,14 +24,15 @@ HEAD_DIMS = range(16, 257, 16)
 GROUPS = range(1, 17)
 
 _DECODE_TILE_BYTES = 32 * 1024
-"""Of K and V a tile: with two units an SM, see `triton_decode.WAVE`. Derived, not measured."""
+"""Bytes of K and V per tile: two units run on an SM, see `triton_decode.WAVE`. Derived, not
+measured."""
 
 
 MAX_DECODE_ROWS = 32
-"""Queries times group of a decode: 64 spill 32 bytes at head_dim 128 of bf16 (sm_80)."""
+"""Most rows (queries times group) of a decode: 64 spill 32 bytes at head_dim 128, bf16, sm_80."""
 
 CONVERTS_FP8 = 89
-"""Compute capability from which on Triton converts e4m3 with the device's instructions."""
+"""First compute capability on which Triton converts e4m3 with the device's instructions."""
 
 
 class Device(NamedTuple):
@@ -42,7 +43,7 @@ class Device(NamedTuple):
 
     @classmethod
     def of(cls, device: torch.device) -> "Device":
-        """The device's own; an interpreted device is a small one of the latest kind."""
+        """Those of `device`; for the interpreter, those of a small GPU of the latest kind."""
         if device.type != "cuda":
             return cls(num_sms=4, capability=100)
         properties = torch.cuda.get_device_properties(device)
@@ -55,7 +56,7 @@ class Device(NamedTuple):
 
 
 class PrefillTile(NamedTuple):
-    """Rows and keys of a tile, and how it is run."""
+    """Rows and keys of a tile, and its launch options."""
 
     block_m: int
     block_n: int
@@ -68,11 +69,11 @@ def prefill_tile(
 ) -> PrefillTile:
     """Tile of the prefill; chosen so that nothing spills (`benchmarks.triton_resources`).
 
-    Speed was not measured. An accumulator of 128 x 128 fp32 is 64 registers a thread of 256, K
-    and V of 64 keys in two stages 64 KiB; head_dim 256 halves the keys. Before sm_90 a dot's
-    operands lie in registers as well: at head_dim 128, bf16, 64 keys spill 104 bytes on sm_80,
-    32 keys 8, 16 none. At 256 each warp holds all queries: 64 of them spill 272 bytes, 32 none.
-    Dots of fp32 run without tensor cores: 32 x 32 spill 8 bytes at 64, 16 at 128.
+    Speed was not measured. An accumulator of 128 x 128 fp32 takes 64 registers of each of 256
+    threads, K and V of 64 keys in two stages take 64 KiB; head_dim 256 halves the keys. Before
+    sm_90 a dot's operands are in registers as well: at head_dim 128, bf16, 64 keys spill 104
+    bytes on sm_80, 32 keys 8, 16 none. At 256 each warp holds all queries: 64 of them spill 272
+    bytes, 32 none. Dots of fp32 run without tensor cores: 32 x 32 spill 8 bytes at 64, 16 at 128.
     """
     wide = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
@@ -89,7 +90,7 @@ def prefill_tile(
 
 
 class DecodeTile(NamedTuple):
-    """Keys of a tile, and how it is run."""
+    """Keys of a tile, and its launch options."""
 
     block_n: int
     num_warps: int
@@ -99,9 +100,10 @@ class DecodeTile(NamedTuple):
 def decode_tile(head_dim: int, dtype: torch.dtype, stored: torch.dtype, rows: int) -> DecodeTile:
     """Tile of the decode, which has `rows` queries times group; chosen so that nothing spills.
 
-    A cache that is converted in registers, and more rows, take more of them: half as many keys.
-    Dots of fp32 run without tensor cores and hold both operands in registers: on sm_80, at
-    head_dim 128, 32 rows in three stages spill 24 bytes, and a cache that is converted 192.
+    Half as many keys where registers are short: for a cache that is converted in registers, and
+    for more than 16 rows. Dots of fp32 run without tensor cores and hold both operands in
+    registers: on sm_80, at head_dim 128, 32 rows in three stages spill 24 bytes, and a converted
+    cache 192.
     """
     is_fp32 = dtype == torch.float32
     converted = stored == torch.float8_e4m3fn or (is_fp32 and stored != dtype)
@@ -118,11 +120,11 @@ class TritonForm:
     Args:
         layouts: of the retrieval and the local pool; None where the model has no such heads.
         window: of the local heads.
-        num_kv_heads: of a layer. group: query heads a KV head, 1 to 16.
+        num_kv_heads: of a layer. group: query heads per KV head, 1 to 16.
         max_requests: of a step, padding included.
-        max_queries: a request with so many queries or fewer is decoded, one with more is
-            prefilled: 1, and the drafted tokens with speculation. 1 is taken where they make
-            more rows than `MAX_DECODE_ROWS`: prefill then answers drafted tokens.
+        max_queries: a request with at most this many queries is decoded, one with more is
+            prefilled. 1, or with speculation 1 + the drafted tokens. Where that makes more
+            rows than `MAX_DECODE_ROWS`, 1 is used, and prefill serves drafted tokens.
         dtype: of queries and outputs.
         traits: of the device; by default its own.
 
@@ -168,9 +170,9 @@ class TritonForm:
         self._partials = self._allocate_partials(device, layout.head_dim)
 
     def max_units(self, num_requests: int) -> int:
-        """Most units that a plan divides a layer's keys into, beyond one a request and head.
+        """Most units that a plan divides a layer's keys into, on top of one per request and head.
 
-        A lone request needs few: those that fill the device.
+        A single request needs only as many as fill the device.
         """
         most = min(triton_decode.MAX_UNITS, 4 + num_requests)
         return most * self.traits.num_sms
@@ -205,9 +207,9 @@ class TritonForm:
         )
 
     def plan(self, step: Step) -> None:
-        """Plan a step's decode on the device, from what its tensors hold then: before `attention`.
+        """Plan a step's decode on the device from its tensors; call it before `attention`.
 
-        It reads lengths and `dense_until` alone, so a step of one pool's tables will do. A
+        It reads only lengths and `dense_until`, so a step with one pool's tables is enough. A
         CUDA graph that reads the same tensors is replayed after it.
         """
         num_requests = len(step.seq_lens)
@@ -229,7 +231,7 @@ class TritonForm:
         step: Step,
         params: AttentionParams,
     ) -> None:
-        """K and V into the pages; a local page that is full now gets its running sums."""
+        """Write K and V into the pages; a local page that is now full gets its running sums."""
         triton_write.write(
             triton_write.Tokens.of(key, params.k_scale),
             triton_write.Tokens.of(value, params.v_scale),
@@ -247,7 +249,7 @@ class TritonForm:
         params: AttentionParams,
         out: torch.Tensor,
     ) -> None:
-        """Every query head over its KV head's pages."""
+        """Attention of every query head over its KV head's pages."""
         q, o = triton_decode.Queries.of(query), triton_decode.Queries.of(out)
         pools, batch = self._pools(step), _batch(step)
         where = Heads(heads.pool_of, heads.slot_of)
@@ -314,7 +316,7 @@ def _batch(step: Step) -> Batch:
 
 
 def _pool_shape(layout: PageLayout | None, window: Window | None) -> Pool | None:
-    """What kernels are compiled for of a pool; a plan needs no more."""
+    """The constants of a pool that kernels are compiled for; `plan` needs nothing else."""
     if layout is None:
         return None
     sinks, least, ratio = 0, 0, 0

@@ -1,11 +1,11 @@
-"""Triton's interpreter, where it computes other numbers than a GPU does.
+"""Repairs of Triton's interpreter, where its results differ from a GPU's.
 
 Under `TRITON_INTERPRET=1` a kernel runs on the CPU, statement by statement. Triton 3.9's
 interpreter truncates where a GPU rounds to nearest (bf16, fp8), multiplies the bit patterns
 of bf16 in a dot (triton-lang/triton issue 11584), and broadcasts the outcome of a scalar
 comparison as an integer, which no mask may be. `patch_interpreter` repairs all three, so
-that kernels need no branch for it. A no-op without the variable. Ends with a Triton that
-does without.
+that kernels need no branch for it. A no-op without the variable. This file goes once Triton
+needs no repair.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ _TORCH = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-"""Floats that torch converts as a GPU does: to nearest, ties to even."""
+"""Floating-point types that torch converts as a GPU does: to nearest, ties to even."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,7 +38,7 @@ def _convert(data: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray
 
 
 def patch_interpreter() -> None:
-    """Make the interpreter round as a GPU does; once a process is enough."""
+    """Make the interpreter round as a GPU does; further calls in a process do nothing."""
     if not triton.knobs.runtime.interpret:
         return
     from triton.runtime import interpreter

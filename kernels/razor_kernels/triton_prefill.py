@@ -1,14 +1,15 @@
 """Prefill: many queries a request, in blocks, over the pages that they see.
 
 A block is BLOCK_Q queries of one request, times the group: BLOCK_M rows that share each load
-of K and V. Its keys are a list with a gap, see `triton_tile`, and of the list's tiles
+of K and V. Its keys are a list with a gap, see `triton_tile`. The tiles of the list are
 
-    tiles          seen by
-    before low     some queries: sinks, and what the first queries' windows hold
+    tiles          read by
+    before low     some queries: sinks, and what only the first queries' windows hold
     [low, high)    all queries, without a mask
     from high on   some: the block's own diagonal
 
-Each page of a block's queries has a compensation slot of its own; they are a tile before.
+Each page of a block's queries has its own compensation slot. The slots are one more tile,
+which comes first.
 """
 
 import triton
@@ -32,10 +33,10 @@ from razor_kernels.triton_tile import (
 
 @triton.jit
 def _find_request(query_start_loc_ptr, block, num_requests, BLOCK_Q: tl.constexpr):
-    """The request that a block is of, and which of its blocks it is.
+    """The request that a block belongs to, and the block's index within it.
 
-    Blocks of request r begin at `query_start_loc[r] // BLOCK_Q + r`: at least as many as it
-    needs, so a request's last one may be empty.
+    Blocks of request r begin at `query_start_loc[r] // BLOCK_Q + r`. That leaves each request
+    at least as many as it needs, so its last one may be empty.
     """
     low, high = block * 0, block * 0 + num_requests
     while high - low > 1:
@@ -69,7 +70,7 @@ def _attend_tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Join tiles [first, last) but [skip_from, skip_to) to the softmax of a block's rows."""
+    """Add tiles [first, last) except [skip_from, skip_to) to the softmax of a block's rows."""
     num_sinks, gap, length = keys
     for index in range(first, last - (skip_to - skip_from)):
         tile = index + tl.where(index < skip_from, 0, skip_to - skip_from)
@@ -108,7 +109,7 @@ def _attend_slots(
     NUM_SLOTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Join the compensation slot of each row's page, for rows at or beyond `until`."""
+    """Add the compensation slot of each row's page, for rows at or beyond `until`."""
     pages = first // pool.BLOCK_SIZE + tl.arange(0, NUM_SLOTS)  # [NUM_SLOTS]
     valid = pages <= last // pool.BLOCK_SIZE  # [NUM_SLOTS]
     # k, v: [NUM_SLOTS, BLOCK_D]; dropped: [NUM_SLOTS]
@@ -144,7 +145,10 @@ def _attend_block(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The queries at [first, first + num_queries), rows first_token on, of one KV head."""
+    """Attention of one KV head for the queries at [first, first + num_queries).
+
+    first_token: row of the first of them in `query` and `out`.
+    """
     GROUP: tl.constexpr = query.GROUP
     last = first + num_queries - 1
     rows = tl.arange(0, BLOCK_M)
@@ -164,7 +168,7 @@ def _attend_block(
     if pool.LOCAL:
         window_start = first_window_page(pool, position // pool.BLOCK_SIZE) * pool.BLOCK_SIZE
         window_start = tl.where(position < until, 0, window_start)  # [BLOCK_M]
-        # Where the last query's window begins in the list; at the gap, all see all of it.
+        # Where the last query's window begins in the list; at the gap, all read the whole list.
         start = tl.max(window_start, 0) - gap
         low = tl.where(start <= num_sinks, 0, tl.cdiv(start, BLOCK_N))
     high = tl.maximum((first + 1 - gap) // BLOCK_N, low)
@@ -174,7 +178,7 @@ def _attend_block(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     if pool.LOCAL and NUM_SLOTS > 0:  # noqa: SIM102 - the outer is static
-        # First: after the tiles, q would stay in registers through them.
+        # The slots come first: after the tiles, q would stay in registers throughout.
         if last >= until:
             acc, m_i, l_i = _attend_slots(
                 acc, m_i, l_i, q, pool, logit_params, request, slot, position, slopes, first, last,
@@ -262,7 +266,7 @@ def prefill(
     block_q = block_m // group
     num_slots = 0
     if local is not None and compensation:
-        # A block may begin and end within a page; a dot takes 16 keys at least.
+        # A block may begin and end within a page; a dot takes at least 16 keys.
         pages = (block_q + local.BLOCK_SIZE.value - 2) // local.BLOCK_SIZE.value + 1
         num_slots = max(16, triton.next_power_of_2(pages))
     _prefill_kernel[(num_tokens // block_q + num_requests, num_kv_heads)](

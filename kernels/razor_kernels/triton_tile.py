@@ -6,8 +6,8 @@ The keys that a query reads are a list with one gap in it, where tokens were dro
     [0, num_sinks)          i
     [num_sinks, length)     i + gap
 
-so a kernel walks `cdiv(length, BLOCK_N)` tiles and touches nothing of the gap. Logits are
-in log2, fp32 throughout; m_i is a row's greatest logit, l_i its sum of 2^(logit - m_i).
+so a kernel walks `cdiv(length, BLOCK_N)` tiles and never touches the gap. Logits are fp32
+in log2 throughout; m_i is a row's greatest logit, l_i its sum of 2^(logit - m_i).
 """
 
 from typing import NamedTuple
@@ -26,9 +26,9 @@ E4M3_MAX = tl.constexpr(448.0)
 class Pool(NamedTuple):
     """One pool as the kernels take it: `step.PoolPages` and its `step.PoolTables`.
 
-    Strides count elements. A cache of fp8 is handed over as uint8 where the device cannot
-    convert it (before sm_89). A plan needs no pointers. SINKS, WINDOW and RATIO (millionths)
-    are a `window.Window`'s, 0 where not LOCAL.
+    Strides count elements. An fp8 cache is passed as uint8 where the device cannot convert
+    it (before sm_89). A plan needs no pointers. SINKS, WINDOW and RATIO (millionths) are
+    those of a `window.Window`, 0 where not LOCAL.
     """
 
     cache_ptr: torch.Tensor | None
@@ -61,9 +61,9 @@ class Heads(NamedTuple):
 
 
 class LogitParams(NamedTuple):
-    """How logits are made of q.k, see `step.AttentionParams`. scale: with the cache's k_scale.
+    """How logits are made from q.k, see `step.AttentionParams`.
 
-    PRECISION: of a dot of fp32, "ieee" or "tf32".
+    scale: times the cache's k_scale. PRECISION: of a dot in fp32, "ieee" or "tf32".
     """
 
     scale: float
@@ -74,9 +74,9 @@ class LogitParams(NamedTuple):
 
 @triton.jit
 def first_window_page(pool, page):
-    """`Window.first_window_page`: first page that queries of `page` see as written."""
+    """`Window.first_window_page`: first page past the gap that queries in `page` read."""
     if pool.RATIO > 0:
-        last = (page + 1).to(tl.int64) * pool.BLOCK_SIZE - 1  # times RATIO it overruns int32
+        last = (page + 1).to(tl.int64) * pool.BLOCK_SIZE - 1  # times RATIO it overflows int32
         tokens = tl.maximum(tl.cdiv(last * pool.RATIO, RATIO_SCALE), pool.WINDOW)
         pages = tl.cdiv(tokens, pool.BLOCK_SIZE).to(tl.int32)
     else:
@@ -88,7 +88,7 @@ def first_window_page(pool, page):
 def keys_of(pool, first, last, dense_until):
     """The list of keys that a head's queries at positions [first, last] read.
 
-    Returns `num_sinks, gap, length` as the module's docstring has them.
+    Returns `num_sinks, gap, length` as the module's docstring defines them.
     """
     if pool.LOCAL:
         start = first_window_page(pool, first // pool.BLOCK_SIZE) * pool.BLOCK_SIZE
@@ -104,7 +104,7 @@ def keys_of(pool, first, last, dense_until):
 def to_float(stored):
     """Values of loaded cache elements; uint8 is e4m3, whose values fp16 holds exactly.
 
-    e4m3's bits, put in place, are an fp16 that is 2^8 too small (exponent biases 15 and 7).
+    e4m3's bits, shifted into an fp16, give a value 2^8 too small (exponent biases 7 and 15).
     """
     if stored.dtype == tl.uint8:
         bits = stored.to(tl.uint16)
@@ -123,7 +123,7 @@ def to_stored(x, scale, dtype: tl.constexpr):
         magnitude = bits & 0x7FFFFFFF
         odd = (magnitude >> 20) & 1
         normal = ((magnitude + 0x7FFFF + odd) >> 20) - (120 << 3)
-        # Below 2^-6 steps are 2^-9: adding 1.5 * 2^23 rounds to whole steps.
+        # Below 2^-6 values are 2^-9 apart: adding 1.5 * 2^23 rounds to whole steps of that.
         steps = tl.abs(x) * 512.0 + 12582912.0
         subnormal = steps.to(tl.uint32, bitcast=True) - 0x4B400000
         code = tl.where(magnitude < 0x3C800000, subnormal, normal)
@@ -158,10 +158,10 @@ def load_kv(pool, request, slot, positions, valid, dtype: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def load_slots(pool, request, slot, pages, valid, BLOCK_D: tl.constexpr):
-    """Compensation slots of the queries in `pages`, of `[NUM_SLOTS]`: k^, v^ and N.
+    """Compensation slots k^, v^ and N of queries in `pages`. pages, valid: `[NUM_SLOTS]`.
 
     k^ and v^ `[NUM_SLOTS, BLOCK_D]` are fp32, in stored units: S(first window page - 1) / N.
-    N is 0 where no token was dropped, or `valid` is not set.
+    N `[NUM_SLOTS]` is 0 where no token was dropped, or `valid` is not set.
     """
     first = first_window_page(pool, pages)  # [NUM_SLOTS]
     dropped = tl.where(valid, tl.maximum(first * pool.BLOCK_SIZE - pool.SINKS, 0), 0)  # [NUM_SLOTS]
@@ -178,7 +178,7 @@ def load_slots(pool, request, slot, pages, valid, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def tail_ptr(pool, page, slot):
-    """fp32 pointer to the running sums of int64 `page`: K's, V's HEAD_DIM further on."""
+    """fp32 pointer to the running sum of K of `page` (int64); that of V follows HEAD_DIM later."""
     PER_FLOAT: tl.constexpr = 32 // pool.cache_ptr.dtype.element_ty.primitive_bitwidth
     start = page * pool.stride_cache_page + slot * pool.stride_cache_slot
     start += pool.BLOCK_SIZE * 2 * pool.HEAD_DIM
@@ -187,12 +187,12 @@ def tail_ptr(pool, page, slot):
 
 @triton.jit
 def to_log2(logit_params, qk, distance, slopes):
-    """Logits in log2 of products q.k, see `step`.
+    """Logits in log2 from products q.k, see `step`.
 
-    distance: key position - query position, fp32. slopes: of the rows, where ALiBi is used.
+    distance: key position - query position, fp32. slopes: one per row, read only with ALiBi.
     """
     if logit_params.SOFT_CAP > 0:
-        # tanh(x) = sign(x) (1 - e) / (1 + e), e = exp(-2 |x|), never overruns
+        # tanh(x) = sign(x) (1 - e) / (1 + e), e = exp(-2 |x|), never overflows
         x = qk * (logit_params.scale / logit_params.SOFT_CAP)
         e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
         tanh = (1.0 - e) / (1.0 + e)
@@ -215,7 +215,7 @@ def load_slopes(logit_params, heads):
 
 @triton.jit
 def accumulate(acc, m_i, l_i, logits, v, PRECISION: tl.constexpr):
-    """One step of the online softmax: `[M, D], [M], [M]` joined by `[M, N]` and `[N, D]`."""
+    """Add `[M, N]` logits and `[N, D]` values to the online softmax `[M, D], [M], [M]`."""
     m_new = tl.maximum(m_i, tl.max(logits, 1))  # [M]
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that sees nothing yet
     p = tl.exp2(logits - m_safe[:, None])  # [M, N]

@@ -1,11 +1,11 @@
 """The write: a step's K and V into pages, and the tails' running sums, in one launch.
 
-No program waits for another: those that sum read the step's own tokens from `key` and
+No program waits for another: programs that sum read the step's own tokens from `key` and
 `value`, and from the cache only what earlier steps wrote.
 
-    programs                          do
+    programs                          write
     requests x slices of head_dim     tails of the pages that the request's tokens fill
-    tokens / BLOCK_T                  rows, for BLOCK_T tokens
+    tokens / BLOCK_T                  rows of BLOCK_T tokens
 """
 
 from typing import NamedTuple
@@ -17,17 +17,17 @@ import triton.language as tl
 from razor_kernels.triton_tile import Batch, Heads, Pool, tail_ptr, to_float, to_stored
 
 _TILE = 4096
-"""Elements of K, and as many of V, that a program sums at once: 32 fp32 registers each a
-thread of 128. Half of it of fp32, and of fp8 that is made of integers: 8 bytes of
-that spill else (sm_80). Derived, not measured."""
+"""Elements of K, and as many of V, that a program sums at once: 32 fp32 registers each for
+128 threads. Half as many of fp32, and of fp8 that is converted with integers: a full tile of
+that spills 8 bytes (sm_80). Derived, not measured."""
 
 _FEW_TOKENS = 16
-"""Up to here a request touches one page or two, and a program takes the widest slice of
-head_dim; above, the narrowest, so that many programs walk a long prompt. Derived."""
+"""Up to this many tokens a request touches one page or two, and a program takes the widest
+slice of head_dim; above, the narrowest, so that many programs share a long prompt. Derived."""
 
 
 class Tokens(NamedTuple):
-    """The step's K or V of one layer: rows, and what its stored form is divided by."""
+    """The step's K or V of one layer: its rows, and the scale they are divided by when stored."""
 
     ptr: torch.Tensor
     stride_token: int
@@ -91,9 +91,9 @@ def _store_tails(
     PAGES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """S(p) = S(p-1) + sum of p's tokens past the sinks, for each page p that is full now.
+    """S(p) = S(p-1) + sum of p's tokens past the sinks, for each page p that is now full.
 
-    A page that is not full yet gets its sums when it is: nothing reads them before.
+    A page that is not full yet gets its sums when it is; nothing reads them before that.
     """
     first_token = tl.load(batch.query_start_loc_ptr + request)
     query_len = tl.load(batch.query_start_loc_ptr + request + 1) - first_token
@@ -156,7 +156,7 @@ def _write_kernel(
     PAGES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Rows and tails of KV head program_id(1); axis 0 is as the module's docstring has it."""
+    """Rows and tails of KV head program_id(1); for axis 0 see the module's docstring."""
     program, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     is_retrieval = tl.load(heads.pool_of_ptr + head) == 0
     slot = tl.load(heads.slot_of_ptr + head).to(tl.int64)
