@@ -1,0 +1,122 @@
+"""What follow-up turns find in the prefix cache, under each policy at equal bytes.
+
+    python -m benchmarks.chat_hits MODEL [--kv-bytes 40e6 60e6 80e6] [--output FILE]
+
+Chats take their turns in rounds, all at once. A turn's prompt is the chat so far, the model's own
+answer included, and as many new random tokens. What is counted are vLLM's cached tokens of all
+prompts. Each engine runs in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.residency import device
+
+ANSWER = 32
+POLICIES = {
+    "full": None,
+    "razor, exact": {"prefill": "exact"},
+    "razor, windowed": {"prefill": "windowed"},
+}
+
+
+class Load(NamedTuple):
+    """chats, turns: numbers of them. tokens: that a turn adds, the answer before it included."""
+
+    chats: int
+    turns: int
+    tokens: int
+    window: int
+
+
+def hits(model: str, job: dict[str, Any]) -> dict[str, int]:
+    """Prompt tokens and cached ones of a whole run; in the engine's process."""
+    from vllm import LLM, SamplingParams
+
+    razor, load = job["razor"], Load(**job["load"])
+    config = {} if razor is None else {"razor": {"window": load.window, **razor}}
+    llm = LLM(
+        model,
+        additional_config=config,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=load.turns * load.tokens + ANSWER,
+        max_num_batched_tokens=512,
+        kv_cache_memory_bytes=int(job["kv_bytes"]),
+        disable_log_stats=True,
+    )
+    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+    draw = random.Random(0)
+    chats: list[list[int]] = [[] for _ in range(load.chats)]
+    prompt_tokens = cached = 0
+    for turn in range(1, load.turns + 1):
+        for chat in chats:
+            chat += [draw.randrange(5, 200) for _ in range(turn * load.tokens - len(chat))]
+        prompts: Any = [{"prompt_token_ids": chat} for chat in chats]
+        for chat, result in zip(chats, llm.generate(prompts, params, use_tqdm=False), strict=True):
+            prompt_tokens += len(chat)
+            cached += result.num_cached_tokens or 0
+            chat += result.outputs[0].token_ids
+    return {"prompt_tokens": prompt_tokens, "cached_tokens": cached}
+
+
+def run(model: str, job: dict[str, Any]) -> dict[str, int]:
+    """One engine in a process of its own."""
+    env = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would overrule kv_bytes
+    command = [sys.executable, "-m", "benchmarks.chat_hits", model, "--job", json.dumps(job)]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Cached tokens, a row a memory, a column a policy."""
+    lines = ["| KV memory | " + " | ".join(POLICIES) + " |", "|---" * (1 + len(POLICIES)) + "|"]
+    for row in rows:
+        found = [(row[name]["cached_tokens"], row[name]["prompt_tokens"]) for name in POLICIES]
+        cells = [f"{cached:,} ({cached / prompts:.0%})" for cached, prompts in found]
+        lines.append(f"| {row['kv_bytes'] / 1e6:g} MB | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--kv-bytes", type=float, nargs="+", default=[40e6, 60e6, 80e6])
+    parser.add_argument("--chats", type=int, default=6)
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=495, help="that a turn adds")
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job is not None:
+        print(json.dumps(hits(args.model, json.loads(args.job))))
+        return
+    load = Load(args.chats, args.turns, args.tokens, args.window)
+    rows = []
+    for kv_bytes in args.kv_bytes:
+        row: dict[str, Any] = {"kv_bytes": kv_bytes}
+        for name, razor in POLICIES.items():
+            job = {"razor": razor, "kv_bytes": kv_bytes, "load": load._asdict()}
+            row[name] = run(args.model, job)
+        rows.append(row)
+    print(table(rows))
+    if args.output is not None:
+        command = " ".join(["python -m benchmarks.chat_hits", *sys.argv[1:]])
+        results = {"command": command, "device": device(), "load": load._asdict(), "rows": rows}
+        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
