@@ -1,8 +1,8 @@
-"""Which form of the kernels serves: the choice, and what a form is.
+"""What a form of the kernels is, and which one serves.
 
-device   first choice   where that cannot be had
+device   first choice   if it is not available
 cuda     Triton         an error
-cpu      native         PyTorch, with a warning that says what is lost
+cpu      native         PyTorch, with a warning that it is slower
 other    PyTorch
 """
 
@@ -52,8 +52,8 @@ class Setting(NamedTuple):
     """What a form is made for; the same for all layers.
 
     layouts: of the retrieval and the local pool, None where there is none. window: of local
-    heads. group: query heads a KV head. dtype: of queries. max_requests: of a step.
-    max_queries: of a request in decode: 1, and the drafted tokens with speculation.
+    heads. group: query heads per KV head. dtype: of queries. max_requests: of a step.
+    max_queries: of a request in decode: 1, or 1 + the drafted tokens with speculation.
     """
 
     device: torch.device
@@ -79,7 +79,7 @@ def choose_form(setting: Setting) -> Form:
         NotImplementedError: heads that the Triton kernels do not cover, on a GPU.
         RuntimeError: the form that `RAZOR_KERNELS` names cannot serve here, or the native
             library is of another version.
-        ValueError: it names none.
+        ValueError: it does not name a form.
     """
     wish = os.environ.get(OVERRIDE, "")
     if wish not in ("", "native", "paged", "triton"):

@@ -1,7 +1,7 @@
 """What a page looks like.
 
 A pool is one tensor `[num_pages, num_slots, rows, 2 * head_dim]`; a slot is one KV
-head of one layer. Within a page, one slot is one contiguous run:
+head of one layer. Within a page, a slot is contiguous:
 
     row 0              | k_0 .......... | v_0 .......... |
     row 1              | k_1 .......... | v_1 .......... |
@@ -27,10 +27,10 @@ class PageLayout:
     """Layout of one pool's pages.
 
     Args:
-        block_size: tokens a page.
+        block_size: tokens per page.
         head_dim: width of k and of v.
         dtype: of the stored k and v; 1, 2 or 4 bytes wide.
-        has_tail: whether a page ends in running sums (local pages do).
+        has_tail: whether a page ends with running sums (local pages do).
     """
 
     block_size: int

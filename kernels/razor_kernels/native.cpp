@@ -1,18 +1,18 @@
 // Attention over per-head pages on a CPU: the native form of `razor_kernels.step`.
 //
-// No PyTorch in it: addresses and strides come in, so it is built by any C++ compiler in
-// seconds and loaded with ctypes. It is compiled once for each instruction set that
-// `setup.py` lists; vectors are GCC's, as wide as that set's registers.
+// It does not use PyTorch: it takes addresses and strides, so any C++ compiler builds it in
+// seconds, and ctypes loads it. It is compiled once for each instruction set that `setup.py`
+// lists; vectors are GCC's, as wide as that set's registers.
 //
-//   write      one task a (request, KV head): rows into pages; a full page gets its sums
-//   attention  one task a (request, KV head, rows of queries, span of keys); spans of one
+//   write      one task per (request, KV head): rows into pages; a full page gets its sums
+//   attention  one task per (request, KV head, rows of queries, span of keys); spans of one
 //              row are merged by log-sum-exp
 //
 // A task walks its keys in tiles. Scores are in base 2. A tile's rows of K and V are read
-// where they lie; where many query rows share them they are widened to fp32 first.
+// in place; if many query rows share them they are widened to fp32 first.
 //
-// bf16 is widened in pairs, which takes one operation a vector: of 2 W numbers, the ones at
-// even places come first, then the others. Output sums are in that order until they leave.
+// bf16 is widened in pairs, which takes one operation per vector: of 2 W numbers, those at
+// even places come first, then the others. Output sums keep that order until they are stored.
 
 #include <algorithm>
 #include <cmath>
@@ -44,15 +44,15 @@ typedef uint8_t byte_vec __attribute__((vector_size(W)));
 enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, F8 = 3 };
 
 constexpr int kTileKeys = 64;
-// Query rows that share a tile; each takes a row of the score and output buffers.
+// Query rows that share a tile; each has a row in the score and output buffers.
 constexpr int kTileRows = 64;
-// From so many rows on, a tile is widened once instead of once per four rows.
+// From this many rows on, a tile is widened once instead of once per four rows.
 constexpr int kWidenRows = 8;
 constexpr int kMaxHeadDim = 256;
 constexpr int kCacheLine = 64;
-// Rows by which reading runs ahead: a page's rows lie behind one another.
+// Rows to prefetch ahead: a page's rows are consecutive.
 constexpr int kAhead = 4;
-// Keys of the shortest span worth a partial result of its own.
+// Fewest keys of a span that gets its own partial result.
 constexpr int64_t kMinSpan = 512;
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
@@ -125,7 +125,7 @@ inline vec load<F32>(const char* from) {
   return x;
 }
 
-// GCC 12 widens integers by halves; the instruction does it at once.
+// GCC 12 widens integers in two halves; the instruction does it in one step.
 inline uvec load_halves(const char* from) {
 #if defined(__AVX512F__)
   return (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
@@ -155,8 +155,8 @@ inline vec load<BF16>(const char* from) {
   return reinterpret_vec(load_halves(from) << 16);
 }
 
-// A narrow float's magnitude, shifted into fp32's place, is off by the bias' power of two;
-// the product is exact for subnormals too.
+// A narrow float's magnitude, shifted into an fp32, is off by a power of two, the difference
+// of the biases; the product corrects it, exactly for subnormals too.
 template <>
 inline vec load<F16>(const char* from) {
   const uvec u = load_halves(from);
@@ -274,7 +274,7 @@ inline float largest(vec x) {
 }
 
 // Sums of W vectors at once: lane i of the result is the sum of the lanes of x[i]. At each
-// level, lanes with the level's bit clear go on with one vector, the others with the other.
+// level, lanes with the level's bit clear continue one vector, the others the other.
 template <int Half>
 inline void fold(vec* x) {
   ivec near, far;
@@ -287,7 +287,7 @@ inline void fold(vec* x) {
   if constexpr (Half > 1) fold<Half / 2>(x);
 }
 
-// x[i][j] becomes x[j][i]: at each level, blocks off the diagonal change places.
+// x[i][j] becomes x[j][i]: at each level, blocks off the diagonal are swapped.
 template <int Half>
 inline void transpose(vec* x) {
   ivec upper, lower;
@@ -316,7 +316,7 @@ inline Pair load_pair(const char* from) {
   return {reinterpret_vec(x << 16), reinterpret_vec(x & 0xffff0000u)};
 }
 
-// From the order of places to the order of pairs, and back.
+// From the order in memory to the order of pairs, and back.
 template <bool Back>
 inline void reorder(float* row, int count) {
   for (int d = 0; d < count; d += 2 * W) {
@@ -515,7 +515,7 @@ inline void add_values(const float* p, int64_t offset, const Tile& tile, float* 
     for (int r = 0; r < Rows; ++r)
       for (int i = 0; i < Vectors; ++i) sums[r][i] += v[i] * p[r * kTileKeys + j];
   }
-  // A tile is summed by itself first: errors grow with the tiles, not with the keys.
+  // A tile is summed on its own first: errors grow with the number of tiles, not of keys.
   for (int r = 0; r < Rows; ++r)
     for (int i = 0; i < Vectors; ++i) {
       float* to = acc + r * head_dim + i * W;
@@ -586,7 +586,7 @@ struct Task {
   int64_t begin;
   int64_t end;
   bool with_slot;
-  int64_t partial;  // index into the partial results, -1: writes the output itself
+  int64_t partial;  // index into the partial results; -1: the task writes the output itself
   int32_t num_partials;  // of the first of a row's partials, 0 otherwise
 };
 
@@ -659,7 +659,7 @@ class Worker {
              head_dim_ % (2 * W) == 0 && rows_ < kWidenRows;
   }
 
-  // Rows of q in fp32, and as they are where tiles are read in pairs.
+  // Rows of q in fp32, and unchanged where tiles are read in pairs.
   void begin(const Task& task) {
     set_rows(task);
     factor_ = layer_.scale * layer_.k_scale * (layer_.soft_cap > 0 ? 1.0f : kLog2E);
@@ -696,7 +696,7 @@ class Worker {
       tile_.count += n;
       at += n;
     }
-    // Blocks of keys may overrun: they read the last key again, and nobody reads that.
+    // Blocks of keys may overrun: they read the last key again, and the result is not used.
     for (int i = 0; i < W; ++i) tile_.key[tile_.count + i] = tile_.key[tile_.count - 1];
     return at;
   }
@@ -710,8 +710,8 @@ class Worker {
     });
   }
 
-  // A tile that many rows share: widened once, K turned on its side, so that no sums
-  // across a vector are needed.
+  // A tile that many rows share: widened once, with K transposed, so that no sums across a
+  // vector are needed.
   void take_widened(const Task& task, int64_t value_offset) {
     with_kind(layer_.cache_kind, [&](auto k) {
       widen_columns<decltype(k)::value>(tile_, head_dim_, s_.keys);
@@ -735,7 +735,7 @@ class Worker {
     add_all_values<Read>(s_.scores, rows_, value_offset, tile_, s_.acc, head_dim_);
   }
 
-  // A row's scores become weights; its sums are made to fit a new maximum.
+  // A row's scores become weights; its sums are rescaled to a new maximum.
   void take_row(const Task& task, int r) {
     const int64_t t = task.first_query + r / layer_.group;
     float* scores = s_.scores + r * kTileKeys;
@@ -882,7 +882,7 @@ class Plan {
     }
   }
 
-  // Cut long rows of single queries into spans, so that threads end at about one time.
+  // Split long rows of single queries into spans, so that threads end at about the same time.
   void split() {
     int64_t total = 0;
     for (const Task& task : tasks) total += task.num_queries * task.end;
@@ -958,7 +958,7 @@ class Writer {
     } else {
       std::fill(sums, sums + width, 0.0f);
     }
-    // Tokens are added one by one, so that S does not depend on how they came in.
+    // Tokens are added one by one, so that S does not depend on how they were split into steps.
     char* from = page_of(p);
     with_kind(layer_.cache_kind, [&](auto k) {
       constexpr Kind K = decltype(k)::value;
@@ -984,7 +984,7 @@ class Writer {
 
 }  // namespace
 
-// Whether this build's instructions are there.
+// Whether this CPU has the instructions of this build.
 extern "C" int32_t razor_runs_here() {
 #if defined(__AVX512F__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -1000,7 +1000,7 @@ extern "C" int32_t razor_runs_here() {
 #endif
 }
 
-// Bytes of the structs that callers fill in: another layout there would be a wild write here.
+// Bytes of the structs that callers fill in: with another layout there, writes here go astray.
 extern "C" void razor_struct_sizes(int32_t* sizes) {
   sizes[0] = sizeof(Pool);
   sizes[1] = sizeof(Step);

@@ -1,7 +1,7 @@
 """The native form: `native.cpp`, compiled when the package is built, called through ctypes.
 
-`setup.py` compiles it for several instruction sets; the widest that this CPU has is
-loaded. Where none was built, `NativeForm` raises RuntimeError, and `paged` serves.
+`setup.py` compiles it for several instruction sets, and the widest that this CPU has is
+loaded. If none was built, `NativeForm` raises RuntimeError, and `paged` serves.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import torch
 from razor_kernels.step import AttentionParams, LayerHeads, PoolPages, PoolTables, Step
 
 BUILDS = ("_native_avx512_bf16", "_native_avx512", "_native_avx2", "_native")
-"""Libraries beside this file, the fastest first."""
+"""Libraries in this file's folder, the fastest first."""
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
@@ -98,10 +98,10 @@ def library() -> ctypes.CDLL:
 
 
 def _declared(found: ctypes.CDLL, path: Path) -> ctypes.CDLL:
-    """The library, once its structs are known to be this file's.
+    """The library with its functions declared, if its structs are those of this file.
 
     Raises:
-        StaleBuildError: it is not.
+        StaleBuildError: they are not.
     """
     expected = (ctypes.sizeof(_Pool), ctypes.sizeof(_Step), ctypes.sizeof(_Layer))
     sizes = (ctypes.c_int32 * 3)()
@@ -131,8 +131,8 @@ def covers(head_dim: int, group: int, dtype: torch.dtype) -> bool:
 class NativeForm:
     """Write and attention on a CPU (the contract is `step`'s).
 
-    Steps, layers and their tensors must stay as they are while in use; their addresses
-    are taken once.
+    Steps, layers and their tensors must not move while in use: their addresses are taken
+    once.
 
     Raises:
         RuntimeError: no library was built.
@@ -141,13 +141,13 @@ class NativeForm:
     def __init__(self) -> None:
         self._library = library()
         self._step: tuple[Step, _Step] | None = None
-        # By id; the key's object is held, so that an id is not used again.
+        # By id; the object is held too, so that its id is not used again.
         self._layers: dict[
             tuple[int, int, torch.dtype], tuple[LayerHeads, AttentionParams, _Layer]
         ] = {}
 
     def plan(self, step: Step) -> None:
-        """Nothing: a step is taken in by the first layer that brings it."""
+        """Nothing: the first layer of a step prepares it."""
 
     def write(
         self,
@@ -157,7 +157,7 @@ class NativeForm:
         step: Step,
         params: AttentionParams,
     ) -> None:
-        """K and V into the pages; a page that is full now gets its running sums.
+        """Write K and V into the pages; a page that is now full gets its running sums.
 
         Args:
             key, value: `[num_tokens, num_kv_heads, head_dim]`, rows contiguous.
@@ -180,13 +180,13 @@ class NativeForm:
         params: AttentionParams,
         out: torch.Tensor,
     ) -> None:
-        """Every query head over its KV head's pages.
+        """Attention of every query head over its KV head's pages.
 
         Args:
             query: `[num_tokens, num_kv_heads, group, head_dim]` of fp32, bf16 or fp16.
             out: like query, rows contiguous; written to.
         """
-        # Held by name until the call is over: the library gets its address alone.
+        # Held by this name until the call returns: the library gets only its address.
         query = _with_rows(query)
         self._library.razor_attention(
             self._step_of(step),
@@ -209,7 +209,7 @@ class NativeForm:
         stored: torch.dtype,
         group: int,
     ) -> _Layer:
-        """Of heads whose keys or queries are `rows`, over a cache of `stored` numbers."""
+        """The struct of heads whose keys or queries are `rows`, with a cache of type `stored`."""
         key = (id(heads), group, rows.dtype)
         known = self._layers.get(key)
         if known is None or known[1] is not params:
@@ -219,7 +219,7 @@ class NativeForm:
 
 
 def _stored(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
-    """Numbers as the cache stores them, with rows that are contiguous."""
+    """x in the cache's type and units, with contiguous rows."""
     if dtype == torch.float8_e4m3fn:
         limit = torch.finfo(dtype).max
         x = (x.float() / scale).clamp(-limit, limit)
@@ -227,12 +227,12 @@ def _stored(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
 
 
 def _with_rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its rows are contiguous, else a copy; the caller holds it while in use."""
+    """x itself if its rows are contiguous, else a copy; the caller holds it while in use."""
     return x if _has_rows(x) else x.contiguous()
 
 
 def _has_rows(x: torch.Tensor) -> bool:
-    """Whether all but the first dimension is contiguous."""
+    """Whether all dimensions but the first are contiguous."""
     stride = 1
     for size, found in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if size > 1 and found != stride:

@@ -1,4 +1,4 @@
-"""The formula in fp64 over unpaged tensors: what every other form is held against."""
+"""The formula in fp64 over unpaged tensors: every other form is tested against it."""
 
 from typing import NamedTuple
 
@@ -27,8 +27,8 @@ def attention(
         out = (N e^{q.k^} v^ + sum_n e^{q.k_n} v_n) / (N e^{q.k^} + sum_n e^{q.k_n})
         k^ = mean of the dropped k, v^ = mean of the dropped v, q already scaled
 
-    A soft-cap and ALiBi change the logits q.k as `step` says; a slot stands at the
-    dropped tokens' mean position.
+    A soft-cap and ALiBi change the logits q.k as in `step`; a slot's position is the mean
+    position of the dropped tokens.
 
     Args:
         query: `[num_queries, num_heads, head_dim]`, the last `num_queries` positions.

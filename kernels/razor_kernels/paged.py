@@ -1,12 +1,12 @@
 """The PyTorch form: vectorised, and runs wherever PyTorch runs.
 
-A step is planned once a pool on the host (`plan_writes`, `plan_reads`) and the plan
-serves every layer; a layer then gathers, and calls scaled-dot-product attention, once
-a segment. A segment is a run of one request's queries under one params:
+A step is planned on the host once per pool (`plan_writes`, `plan_reads`), and the plan
+serves every layer. A layer then gathers pages and calls scaled-dot-product attention once
+per segment. A segment is a run of one request's queries under one rule:
 
-    params         pages read                                extra keys
+    rule         pages read                                extra keys
     dense        0 .. page of the last query               none
-    compressed   sinks; window of the first query onward   one slot a query page
+    compressed   sinks; window of the first query onward   one slot per page of queries
 """
 
 import math
@@ -21,7 +21,7 @@ from razor_kernels.step import AttentionParams, LayerHeads, PoolPages, PoolTable
 from razor_kernels.window import DENSE_FOREVER, Window
 
 _MAX_QUERIES = 512
-"""Queries of a segment that needs a mask: bounds the mask, and what a window reads in vain."""
+"""Queries of a segment that needs a mask: bounds the mask and the masked keys it reads."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TailUpdate:
     """Consecutive pages of one request whose sums a step rebuilds.
 
     pages: int64 `[n]` page ids; previous: page id before the first, or None.
-    counted: fp32 `[n, 1, block_size, 1]`, 1 where a token is written and no sink.
+    counted: fp32 `[n, 1, block_size, 1]`, 1 where a token is written and is not a sink.
     """
 
     pages: torch.Tensor
@@ -53,7 +53,7 @@ class WritePlan:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of one request's queries under one params.
+    """A run of one request's queries under one rule (see the module's docstring).
 
     start, stop: token rows. pages: int64 `[n]`; num_keys: keys of them that are read.
     bias: fp32 or bool `[stop - start, num_keys + num_slots]`, or None.
@@ -131,7 +131,7 @@ def plan_reads(
     """Segments of a step.
 
     Args:
-        query_lens, seq_lens, dense_until: one int a request; rows follow one another.
+        query_lens, seq_lens, dense_until: one int per request; rows are consecutive.
         block_table: integer `[num_requests, max_pages]`.
         window: of local heads; None plans retrieval heads, which are dense.
     """
@@ -294,7 +294,7 @@ def attention(
         if params.soft_cap > 0 or slopes is not None:
             result = _attend_with_cap_or_alibi(q, k, v, segment, params, slopes)
         elif q.shape[2] == 1:
-            # One query: the group takes its place, and K and V are read once.
+            # One query: the group becomes the query dimension, and K and V are read once.
             result = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, attn_mask=segment.bias, scale=scale
             ).transpose(1, 2)
@@ -319,7 +319,7 @@ def _attend_with_cap_or_alibi(
     params: AttentionParams,
     slopes: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention whose logits are capped or lean with the distance: in fp32, logits in full."""
+    """Attention with a soft-cap or ALiBi: in fp32, with the whole matrix of logits."""
     logits = (q.float() * (params.scale * params.k_scale)) @ k.float().transpose(-1, -2)
     if params.soft_cap > 0:
         logits = params.soft_cap * torch.tanh(logits / params.soft_cap)
@@ -369,17 +369,17 @@ class _PoolHeads(NamedTuple):
 class PagedForm:
     """Write and attention in PyTorch, on any device (the contract is `step`'s).
 
-    A layer's slots in a pool follow one another.
+    The slots of a layer in a pool must be consecutive.
     """
 
     def __init__(self) -> None:
         self._step: Step | None = None
         self._plans: tuple[_PoolPlan | None, ...] = ()
-        # By id; the key's object is held, so that an id is not used again.
+        # By id; the object is held too, so that its id is not used again.
         self._layers: dict[int, tuple[LayerHeads, tuple[_PoolHeads | None, ...]]] = {}
 
     def plan(self, step: Step) -> None:
-        """Nothing: a step is taken in by the first layer that brings it."""
+        """Nothing: the first layer of a step prepares it."""
 
     def write(
         self,
@@ -389,7 +389,7 @@ class PagedForm:
         step: Step,
         params: AttentionParams,
     ) -> None:
-        """K and V into the pages, then the running sums of the pages written to."""
+        """Write K and V into the pages, then the running sums of the pages written to."""
         for pool, plan, own in self._pools(heads, step, params):
             cache = pool.cache[:, own.slots]
             write(key[:, own.heads], value[:, own.heads], cache, pool.layout, plan.writes, params)
@@ -402,7 +402,7 @@ class PagedForm:
         params: AttentionParams,
         out: torch.Tensor,
     ) -> None:
-        """Every query head over its KV head's pages."""
+        """Attention of every query head over its KV head's pages."""
         for pool, plan, own in self._pools(heads, step, params):
             slopes = params.alibi_slopes
             if slopes is not None:

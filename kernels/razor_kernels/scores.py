@@ -6,8 +6,8 @@ With A a head's softmax row and i a query position in the 2nd to 4th copy of R,
     echo(i)      = sum over m of A[i, i - m * |R|]          earlier copies of the same token
     induction(i) = sum over m of A[i, i - m * |R| + 1]      the token after each of those
 
-and a head's score is the mean over i. What is needed of a row is its log-sum-exp and a
-few of its logits, so memory is linear in the sequence.
+and a head's score is the mean over i. Only the log-sum-exp and a few logits of each row
+are needed, so memory is linear in the sequence.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import torch
 
 COPIES = 4
 KERNEL_HEAD_DIM = 256
-"""Largest head that the Triton kernel holds in registers and shared memory."""
+"""Largest head size for which the Triton kernel fits registers and shared memory."""
 
 
 class HeadScores(NamedTuple):
@@ -30,7 +30,7 @@ class HeadScores(NamedTuple):
 
 
 def soft_capped(logits: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
-    """`soft_cap * tanh(logits / soft_cap)`, or the logits as they are."""
+    """`soft_cap * tanh(logits / soft_cap)`, or the logits unchanged without a cap."""
     return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
 
 
@@ -47,8 +47,8 @@ def row_lse(
         query: `[num_heads, seq_len, head_dim]`.
         key: `[num_kv_heads, seq_len, head_dim]`.
         soft_cap: of logits, after `scale`.
-        tile: queries, and keys, of a tile of logits; `num_heads * tile**2` of them
-            exist at a time. 256 took 1.04 s of an EPYC core for 8 heads of 10,001 tokens and 32
+        tile: queries, and keys, of a tile; `num_heads * tile**2` logits exist at a time.
+            256 took 1.04 s of an EPYC core for 8 heads of 10,001 tokens and 32
             dimensions, 512 took 1.75 s.
 
     Returns:
@@ -79,7 +79,7 @@ def repeat_scores(
 ) -> HeadScores:
     """Scores of one layer's heads on the probe.
 
-    On CUDA by the Triton kernel, for heads that it holds; the same in PyTorch elsewhere.
+    By the Triton kernel on CUDA, if the head size fits it; otherwise the same in PyTorch.
 
     Args:
         query: `[num_heads, 1 + 4 * period, head_dim]`, after the rotary embedding.

@@ -1,4 +1,4 @@
-"""What a step asks of the kernels: the contract that every form keeps.
+"""The contract between a step and the kernels, which every form keeps.
 
 A form (PyTorch, native, Triton) offers two operations on one layer:
 
@@ -8,16 +8,16 @@ A form (PyTorch, native, Triton) offers two operations on one layer:
     key, value  [num_tokens, num_kv_heads, head_dim], after the rotary embedding
     query, out  [num_tokens, num_kv_heads, group, head_dim]; out is written to
 
-Rows of a request follow one another, requests follow one another; rows at and beyond
-`query_start_loc[-1]` are padding, which no form reads or writes. A page holds what `layout`
-says, in stored units: K is `stored * params.k_scale`. Pages that a block table does not name,
-and rows of a page that nothing was written to, may hold anything, NaN included.
+Rows of a request are consecutive, and so are requests. Rows from `query_start_loc[-1]` on
+are padding, which no form reads or writes. A page holds what `layout` says, in stored
+units: K is `stored * params.k_scale`. Pages that a block table does not name, and rows of a
+page that were never written, may hold anything, NaN included.
 
 The logit of a query at position t and a key at position j is
 
     l = scale * q.k_j;  l = soft_cap * tanh(l / soft_cap);  l += slope * (j - t)
 
-each of the last two only where it is asked for. A compensation slot's logit has k^ for
+each of the last two only where the model has it. A compensation slot's logit has k^ for
 k_j, the mean position of the dropped tokens for j, and ln N added.
 """
 
@@ -31,10 +31,10 @@ from razor_kernels.window import Window
 
 
 class PoolPages(NamedTuple):
-    """One pool's memory, as it is in one step: an engine may allocate it anew between two.
+    """One pool's memory in one step: an engine may allocate it again between two steps.
 
     cache: `[num_pages, num_slots, rows, 2 * head_dim]`, the last two dimensions contiguous.
-    window: of local heads; None for retrieval heads, which are dense for ever.
+    window: of local heads; None for retrieval heads, which are always dense.
     """
 
     cache: torch.Tensor
@@ -58,7 +58,7 @@ class PoolTables(NamedTuple):
 
     block_table: int32 `[num_requests, max_pages]` page ids; page i of a request holds its
         positions from `i * block_size` on. Entries of freed pages may hold anything.
-    slot_mapping: int64 `[num_tokens]`, page * block_size + offset; -1 for what is not written.
+    slot_mapping: int64 `[num_tokens]`, page * block_size + offset; -1 where nothing is written.
     """
 
     block_table: torch.Tensor
@@ -70,11 +70,11 @@ class Step:
     """A batch of requests, the same for every layer.
 
     query_start_loc: int32 `[num_requests + 1]`, the rows of each request's queries.
-    seq_lens: int32 `[num_requests]`, tokens with the step's own; the queries are the last ones.
+    seq_lens: int32 `[num_requests]`, tokens including the step's; the queries are the last ones.
     dense_until: int32 `[num_requests]`, see `oracle.attention`.
-    max_query_len: most queries of a request.
-    tables, pools: of the retrieval and of the local pool; None where there is none. A plan needs
-        no pools.
+    max_query_len: most queries of any request.
+    tables, pools: of the retrieval and of the local pool; None where there is none. `plan`
+        needs no pools.
     """
 
     query_start_loc: torch.Tensor
@@ -92,11 +92,11 @@ class Step:
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """How logits and outputs are made of what is stored.
+    """How logits and outputs are computed from what is stored.
 
     scale: factor on q.k. soft_cap: 0 for none. alibi_slopes: fp32 `[num_heads]`, or None.
-    k_scale, v_scale: of a quantized cache, 1 otherwise. compensation: whether a local head's
-        dropped tokens are stood for by their mean, or leave no trace.
+    k_scale, v_scale: of a quantized cache, 1 otherwise. compensation: whether the mean of a
+        local head's dropped tokens takes their place, or nothing does.
     """
 
     scale: float

@@ -2,15 +2,15 @@
 
 A local head's query at position t, in page p = t // block_size, sees
 
-    positions                      form
-    [0, sinks)                     as written
-    [sinks, first(p) * block)      one compensation slot, weight N = its length
-    [first(p) * block, t]          as written
+    positions                      seen as
+    [0, sinks)                     their own keys and values
+    [sinks, first(p) * block)      one compensation slot, weight N = their number
+    [first(p) * block, t]          their own keys and values
 
-`first(p)` moves with the page only and never goes back, so a page that has left
-the window is never needed again, and the outcome at t does not depend on how the
-sequence was cut into chunks. The same functions drive the block manager (ints)
-and the attention plans (tensors).
+`first(p)` depends only on the page and never goes back. So a page that has left
+the window is never needed again, and the result at t does not depend on how the
+sequence was split into chunks. The block manager (ints) and the attention plans
+(tensors) call the same functions.
 """
 
 import math
@@ -42,11 +42,11 @@ class Window:
     """Window of a local head, in whole pages.
 
     Args:
-        sinks: first tokens of the sequence that stay visible for ever.
-        window: least number of latest tokens that a query sees as written.
+        sinks: first tokens of the sequence, which are always visible.
+        window: least number of latest tokens that a query sees uncompressed.
         window_ratio: the window at position t is at least `ceil(t * window_ratio)`
-            (RazorAttention, arXiv 2407.15891, sec. 3.3: N/5); 0 for a fixed ring.
-        block_size: tokens a page.
+            (RazorAttention, arXiv 2407.15891, sec. 3.3: N/5); 0 for a fixed size.
+        block_size: tokens per page.
 
     Raises:
         ValueError: a negative count, an empty page, a ratio outside [0, 1].
@@ -74,15 +74,15 @@ class Window:
 
     @property
     def ratio_millionths(self) -> int:
-        """`window_ratio` in millionths, rounded up: what all forms reckon with."""
+        """`window_ratio` in millionths, rounded up, as all forms use it."""
         return math.ceil(round(self.window_ratio * _RATIO_SCALE, 3))
 
     def first_window_page(self, page: IntLike) -> IntLike:
-        """First page that queries of `page` see as written.
+        """First page of the window of queries in `page`.
 
         The window of a page is taken at its last position, so no query sees less
-        than its own window; as one page adds at most `block_size` tokens to it
-        (ratio <= 1), the outcome is monotone in `page`.
+        than its own window. One page adds at most `block_size` tokens to it
+        (ratio <= 1), so the result is monotone in `page`.
         """
         pages = _ceil_div(self._window_of(page), self.block_size)
         return _at_least(page - pages, 0)
