@@ -1,15 +1,15 @@
-"""Does the page accounting add up?
+"""Whether the page accounting adds up.
 
 Both pools draw their pages from one vLLM block pool. Between two steps of an engine,
 
-    each page        is null (page 0), or lies in the free queue, or is held
+    each page        is null (page 0), or in the free queue, or held
     a held page      is in as many block tables as its reference count says, all of one pool
     a free page      has reference count 0
-    a cached page    carries the hash under which its own pool's look-up finds it
-    in sum           free + cached + held = pages of the pool, the null page left out
+    a cached page    has the hash under which its own pool's look-up finds it
+    in sum           free + cached + held = pages of the pool, without the null page
 
-and when no request is left, no block table is either. A page that is in the prefix cache and in
-no block table counts as cached; one that is in a table counts as held.
+and when no request is left, no block table is left either. A page in the prefix cache and in no
+block table counts as cached; a page in a block table counts as held.
 """
 
 from collections import Counter
@@ -44,7 +44,7 @@ class PagesByState(NamedTuple):
 
 
 def pool_managers(manager: KVCacheManager) -> tuple[PoolManager, ...]:
-    """The managers of the policy's pools, of an engine under the policy."""
+    """The managers of the pools of an engine under the policy."""
     managers = manager.coordinator.single_type_managers
     return tuple(m for m in managers if isinstance(m, PoolManager))
 
@@ -62,11 +62,11 @@ def pages_by_state(manager: KVCacheManager) -> PagesByState:
 
 
 def check_pools(manager: KVCacheManager, idle: bool) -> list[Violation]:
-    """Everything that does not add up; nothing where all does.
+    """Everything that does not add up.
 
     Args:
         manager: vLLM's, of an engine that is between two steps.
-        idle: whether no request is left, so that no block table may be.
+        idle: whether no request is left, so that no block table may be left.
     """
     pools, block_pool = pool_managers(manager), manager.block_pool
     violations = list(_check_references(pools, block_pool))
@@ -78,13 +78,13 @@ def check_pools(manager: KVCacheManager, idle: bool) -> list[Violation]:
 
 
 def _table_pages(pool: PoolManager) -> set[int]:
-    """Ids of pages in a pool's block tables, the null page left out."""
+    """Ids of pages in a pool's block tables, without the null page."""
     tables = pool.req_to_blocks.values()
     return {block.block_id for table in tables for block in table if not block.is_null}
 
 
 def _check_references(pools: tuple[PoolManager, ...], block_pool: BlockPool) -> Iterator[Violation]:
-    """Reference counts against block tables."""
+    """Compare reference counts with block tables."""
     counts = [
         Counter(b.block_id for t in pool.req_to_blocks.values() for b in t if not b.is_null)
         for pool in pools
@@ -117,7 +117,7 @@ def _holders(pools: tuple[PoolManager, ...], block: KVCacheBlock) -> tuple[str, 
 
 
 def _check_queue(block_pool: BlockPool) -> Iterator[Violation]:
-    """The free queue: its length, and that it holds the unreferenced pages once each."""
+    """Check the free queue: its length, and that it holds each unreferenced page once."""
     queue = block_pool.free_block_queue
     seen: set[int] = set()
     block = queue.fake_free_list_head.next_free_block
@@ -139,7 +139,7 @@ def _check_queue(block_pool: BlockPool) -> Iterator[Violation]:
 
 
 def _check_hashes(block_pool: BlockPool) -> Iterator[Violation]:
-    """Cached pages are found under their own hash."""
+    """Check that cached pages are found under their own hash."""
     cache = block_pool.cached_block_hash_to_block
     for block in block_pool.blocks:
         key = block.block_hash
@@ -148,7 +148,7 @@ def _check_hashes(block_pool: BlockPool) -> Iterator[Violation]:
 
 
 def _check_idle(pool: PoolManager) -> Iterator[Violation]:
-    """What requests leave behind."""
+    """What requests that are gone have left behind."""
     name = type(pool).__name__
     for request_id, table in pool.req_to_blocks.items():
         yield Violation(f"{name} holds a table of {len(table)} pages of no request", (request_id,))
@@ -157,4 +157,4 @@ def _check_idle(pool: PoolManager) -> Iterator[Violation]:
 
 
 _LISTED = 8
-"""Pages of one kind of violation that are named."""
+"""Most pages that are named for one kind of violation."""

@@ -1,9 +1,9 @@
-"""What the two pools hold at this moment, against what stock vLLM would.
+"""What the two pools hold at this moment, compared with what stock vLLM would hold.
 
-Read in the engine's process, between two steps, from vLLM's block tables. Bytes are of one
-rank: all ranks hold the same pages. A page that several requests share is held once; what a
-request holds counts each of its pages, so requests may sum to more than the pools hold, as
-they would under stock vLLM, which the sum is compared with.
+Read in the engine's process, between two steps, from vLLM's block tables. Bytes are those of
+one rank: all ranks hold the same pages. The pools count a page that several requests share
+once; each request counts all of its pages. So requests may sum to more than the pools hold.
+The same is true of stock vLLM, with which the sum is compared.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,15 +22,15 @@ from razor_vllm.plan import MemoryPlan
 PoolName = Literal["retrieval", "local"]
 
 MAX_LISTED_REQUESTS = 1000
-"""Requests that a listing names at most; the largest ones."""
+"""Most requests that a listing names; it names the largest ones."""
 
 
 @dataclass(frozen=True)
 class PoolUse:
     """One pool.
 
-    slots: KV heads of all layers that the pool has room for, a rank. block_size: tokens a page.
-    held: pages in block tables. cached: pages in the prefix cache alone.
+    slots: KV heads of all layers of a rank that the pool has room for. block_size: tokens per
+    page. held: pages in block tables. cached: pages only in the prefix cache.
     prefix_cache_hit_tokens: tokens whose pages requests took from the prefix cache so far.
     """
 
@@ -46,7 +46,7 @@ class PoolUse:
 class RequestUse:
     """One request that holds pages.
 
-    num_tokens: computed, the step under way included. full_bytes: what stock vLLM would hold.
+    num_tokens: computed, the current step included. full_bytes: what stock vLLM would hold.
     """
 
     request_id: str
@@ -65,7 +65,7 @@ class RequestUse:
 class Occupancy:
     """All pools of one engine.
 
-    pages: of the block pool, vLLM's null page left out. free: pages neither held nor cached.
+    pages: of the block pool, without vLLM's null page. free: pages neither held nor cached.
     request_bytes, full_bytes: sums over the requests that hold pages. dropped_tokens: tokens
     that left local heads' windows so far. layer_kept: per layer of the first rank, the share
     of the full policy's bytes that the requests hold; empty where there are none.
@@ -166,7 +166,7 @@ def _policy(pool: PoolManager, request_id: str) -> KVPolicy:
 
 
 def _layer_kept(plan: MemoryPlan, uses: list[RequestUse]) -> tuple[float, ...]:
-    """Share of the full policy's bytes that the requests hold, a layer; padding left out."""
+    """Share of the full policy's bytes that the requests hold, per layer, without padding."""
     full = sum(plan.full_request_pages(use.num_tokens) for use in uses) * plan.full_block_size
     if full == 0:
         return ()

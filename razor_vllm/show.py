@@ -13,7 +13,7 @@ from razor_vllm.plan import plan_memory
 
 _SHADES = " .:-=+*#"
 _FULL_BLOCK_SIZE = 16
-"""Tokens a page of vLLM on CUDA, for the full policy's bytes."""
+"""Tokens per page of vLLM on CUDA, for the full policy's bytes."""
 
 
 def kept_mass(profile: HeadProfile, name: str) -> list[float]:
@@ -28,7 +28,7 @@ def kept_mass(profile: HeadProfile, name: str) -> list[float]:
 
 
 def text(profile: HeadProfile, window: int, lengths: Sequence[int]) -> str:
-    """Heads as a grid, the kept share a layer, and KV bytes at context lengths (bf16).
+    """Heads as a grid, the kept share per layer, and KV bytes at context lengths (bf16).
 
     Raises:
         ValueError: a window or a length, in tokens, that makes no sense.
@@ -84,7 +84,7 @@ def plan_text(
     kv_bytes: int,
     dtype: torch.dtype,
 ) -> str:
-    """Slots of each rank, what evening-out costs, and requests that fit.
+    """Slots of each rank, the cost of equal slots on all ranks, and requests that fit.
 
     Args:
         max_model_len: tokens of a request. kv_bytes: KV memory of one rank.

@@ -1,9 +1,9 @@
-"""Which KV heads of a model retrieve: finding them, and the file that says so.
+"""Which KV heads of a model retrieve: how they are found, and the file that names them.
 
-Needs torch and transformers, never vLLM, so heads can be found where nothing is served.
+Needs torch and transformers, never vLLM, so heads can be found without an engine.
 
     profile     razor_profile.json: what it holds, where it is looked for
-    calibrate   scores by a probe, run by transformers, and the choice
-    alibi       the bound on what the heads of an ALiBi model can see, from its weights
-    convert     patterns that others have published, into profiles and out again
+    calibrate   scores from a probe that transformers runs, and the choice
+    alibi       a bound on how far the heads of an ALiBi model can see, from its weights
+    convert     published patterns into profiles, and profiles into DuoAttention's format
 """

@@ -1,16 +1,16 @@
 """How far the heads of an ALiBi model can see, from its weights alone: no probe is run.
 
-A head of slope m subtracts m tokens' worth of score a token back, and scores are bounded, so
-past some distance nothing is seen (RazorAttention, arXiv 2407.15891, sec. 3.1):
+A head of slope m subtracts m from the score for each token of distance, and scores are bounded,
+so nothing is seen past some distance (RazorAttention, arXiv 2407.15891, sec. 3.1):
 
     L_h = (2 * s * (||W_Q^T W_K||_2 * R^2 + ||W_K^T b_Q||_2 * R) - ln eps) / m
     R^2 = ||gamma||^2 + ||b||^2
 
 with gamma and b of the norm before attention, s the factor on q.k, b_Q the query's bias (BLOOM;
 the paper's models have none, and a key's bias cancels). A key further back than L_h gets a
-weight of at most eps; all of them together at most eps / (1 - e^-m). R bounds the norm's output
-where no coordinate is above its standard deviation, as the paper has it; the strict
-supremum is larger. Heads with L_h above the window are retrieval heads.
+weight of at most eps, all of them together at most eps / (1 - e^-m). As in the paper, R bounds
+the norm's output if no coordinate is above its standard deviation; the strict supremum is
+larger. Heads with L_h above the window are retrieval heads.
 """
 
 import math
@@ -54,13 +54,13 @@ class BoundOptions:
 
 @dataclass(frozen=True)
 class AlibiShape:
-    """Of an ALiBi model, all of whose heads have keys of their own.
+    """Shape of an ALiBi model, in which every head has its own keys.
 
     Args:
         slopes: of each head. scale: factor on q.k.
         qkv, norm: names of a layer's fused projection and of the norm before it.
-        by_head: whether the projection's rows go head by head, `[num_heads, 3, head_size]`,
-            and not `[3, num_heads, head_size]`.
+        by_head: whether the projection's rows are ordered by head, `[num_heads, 3, head_size]`,
+            instead of `[3, num_heads, head_size]`.
         clip: bound of each coordinate of q and k, or None.
     """
 
@@ -80,7 +80,7 @@ class AlibiShape:
 
 
 class LayerWeights(NamedTuple):
-    """What a layer's bound is made of, in fp32.
+    """The weights of a layer that its bound needs, in fp32.
 
     query, key: `[num_heads, head_size, hidden_size]`. query_bias: `[num_heads, head_size]`.
     gamma, beta: `[hidden_size]`; zeros where the model has no such term.
@@ -115,7 +115,7 @@ def shape_of(config: dict[str, Any]) -> AlibiShape | None:
     """The shape of an ALiBi model that is covered, or None for any other model.
 
     Args:
-        config: `config.json` as it is; no code of the model's is run.
+        config: contents of `config.json`; no code of the model is run.
 
     Raises:
         ValueError: a size that is missing or makes no sense.
@@ -215,8 +215,8 @@ def product_norms(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 def reach(weights: LayerWeights, shape: AlibiShape, epsilon: float) -> torch.Tensor:
     """L_h of the module's docstring, in tokens, `[num_heads]`.
 
-    With `shape.clip` q and k are clipped, which only shortens them: then the product of norms
-    stands for the norm of the product, and `head_size * clip^2` bounds it.
+    With `shape.clip` q and k are clipped, which only shortens them. Then the product of norms
+    takes the place of the norm of the product, and `head_size * clip^2` bounds it.
     """
     radius = (weights.gamma.square().sum() + weights.beta.square().sum()).sqrt()
     if shape.clip is None:
@@ -248,11 +248,11 @@ def weight_files(model_name: str, revision: str | None = None) -> list[Path]:
 
 
 def layer_weights(files: Sequence[Path], shape: AlibiShape) -> Iterator[LayerWeights]:
-    """Weights of one layer after another; no more than a layer's is in memory.
+    """Weights of one layer after another; only one layer's are in memory at a time.
 
     Raises:
-        ValueError: a file that is none, or a weight that is missing, of another shape or not
-            finite.
+        ValueError: a file that is not safetensors, or a weight that is missing, of another
+            shape or not finite.
     """
     with ExitStack() as stack:
         owner: dict[str, Any] = {}

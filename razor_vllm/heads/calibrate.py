@@ -1,9 +1,9 @@
 """Find a model's retrieval heads: the probe, run by transformers, and the choice.
 
 Works on any decoder with rotary embeddings that transformers loads: queries and keys are
-read where transformers hands them to its attention function, after the rotary
-embedding, so no model is known by name. Layers with a sliding window of the model's own
-are left out: their heads cannot see far. ALiBi models need no probe: see `alibi`.
+read where transformers passes them to its attention function, after the rotary
+embedding, so no model is known by name. Layers with a sliding window are left out,
+because their heads cannot see far. ALiBi models need no probe: see `alibi`.
 """
 
 import math
@@ -54,8 +54,8 @@ class ProbeOptions:
 
     Args:
         induction: share of the model's KV heads chosen by induction score.
-        echo: share chosen by echo score, on top.
-        period: random tokens that are repeated; shorter for a model that is shorter.
+        echo: share chosen by echo score, in addition.
+        period: random tokens that are repeated; fewer for a model that is too short.
         seeds: of the random tokens; scores are means over them.
 
     Raises:
@@ -98,8 +98,8 @@ class Probe:
     """Scores of every layer, filled while the model runs.
 
     Args:
-        num_layers: of the model. max_positions: its length in tokens; a sliding window of no
-            less is none. period: of the probe.
+        num_layers: of the model. max_positions: its length in tokens; a sliding window of at
+            least that counts as none. period: of the probe.
     """
 
     def __init__(self, num_layers: int, max_positions: int, period: int, progress: tqdm) -> None:
@@ -147,12 +147,12 @@ class Probe:
     ) -> Layer:
         """Scores of one layer; `query` and `key` are `[heads, seq_len, head_dim]`."""
         scores = repeat_scores(query, key, scale, self.period, soft_cap)
-        # A KV head scores the best of its query heads.
+        # A KV head gets the best score of its query heads.
         echo, induction = (x.view(key.shape[0], -1).amax(1).tolist() for x in scores)
         return Layer(echo, induction, key.shape[-1])
 
     def take(self) -> dict[int, Layer]:
-        """Layers with full attention, and begin anew.
+        """The layers with full attention that were seen; starts again with none.
 
         Raises:
             NotImplementedError: a layer did not pass through transformers' registry, all have
@@ -207,7 +207,7 @@ def causal_attention(
     window: int | None = None,
     tile: int = 256,
 ) -> torch.Tensor:
-    """Attention in memory linear in the sequence: no matrix of it is ever formed.
+    """Attention with memory linear in the sequence: its matrix is never formed.
 
     Args:
         query: `[1, num_heads, seq_len, head_dim]`; key, value: with KV heads.
@@ -248,7 +248,7 @@ def probe_ids(vocab: Sequence[int], bos: int | None, period: int, seed: int) -> 
 def mean_scores(
     rounds: Sequence[dict[str, list[list[float]]]],
 ) -> dict[str, tuple[tuple[float, ...], ...]]:
-    """Mean over seeds, rounded to six digits, so that files do not differ by noise."""
+    """Mean over seeds, rounded to six digits, so that noise does not make files differ."""
     names = rounds[0]
     return {
         name: tuple(
@@ -272,13 +272,13 @@ def score_rows(layers: dict[int, Layer], num_layers: int) -> dict[str, list[list
 def choose(
     scores: dict[str, Any], options: ProbeOptions, left_out: Container[int] = ()
 ) -> tuple[tuple[int, ...], ...]:
-    """The top shares over the whole model, whole heads upward; ties go to the lower layer and head.
+    """The top shares of the whole model, rounded up; ties go to the lower layer and head.
 
     Args:
         left_out: layers whose heads are neither chosen nor counted.
 
     Returns:
-        Sorted KV heads, a tuple a layer.
+        Sorted KV heads, a tuple per layer.
     """
     chosen: set[tuple[int, int]] = set()
     for name in ("induction", "echo"):
@@ -304,7 +304,7 @@ def stability(choices: Sequence[tuple[tuple[int, ...], ...]]) -> float:
 
 
 def fitting_period(options: ProbeOptions, max_positions: int) -> int:
-    """The period, cut so that four copies fit the model.
+    """The period, shortened so that four copies fit the model.
 
     Raises:
         ValueError: the model is too short for any probe.
@@ -347,8 +347,8 @@ def calibrate(
 
     Args:
         model_name: folder or hub name.
-        device_map: as transformers takes it; by default all GPUs, or the CPU where there is none.
-        dtype: as transformers takes it.
+        device_map: as in transformers; by default all GPUs, or the CPU where there is none.
+        dtype: as in transformers.
         bound: for ALiBi models, which are not run.
         revision: branch, tag or commit of a hub model; its main branch by default.
 
@@ -372,7 +372,7 @@ def calibrate(
             f"{model_name}: its weights are not plain tensors; nothing was run"
         ) from error
     except (OSError, SafetensorError) as error:
-        # transformers' own words, which do not always name the model.
+        # transformers' own message, which does not always name the model.
         raise ValueError(f"{model_name}: {' '.join(str(error).split())}") from error
 
 
@@ -404,7 +404,7 @@ def probe_model(
     rounds = []
     with (
         tqdm(total=layers * len(options.seeds), desc="layers x seeds", unit="layer") as progress,
-        # Weights that fit no device go there, under a device map that says so.
+        # Where a device map puts weights on disk, they go there.
         tempfile.TemporaryDirectory() as folder,
     ):
         probe = Probe(layers, max_positions, period, progress)
@@ -420,7 +420,7 @@ def probe_model(
         for seed in options.seeds:
             heads = run_probe(model, probe, probe_ids(vocab, bos_token, period, seed))
             rounds.append(score_rows(heads, layers))
-        # An engine may be started next: what PyTorch keeps of a GPU's memory would be missing.
+        # An engine may start next, and needs the GPU memory that PyTorch keeps.
         del model
         torch.cuda.empty_cache()
     return _profile(rounds, heads, options, period)
@@ -453,7 +453,7 @@ def probe_vocabulary(
 
 
 def run_probe(model: PreTrainedModel, probe: Probe, ids: torch.Tensor) -> dict[int, Layer]:
-    """One sequence through a model that was loaded with `probe.attend` as its attention."""
+    """Run one sequence through a model that was loaded with `probe.attend` as its attention."""
     # Offloaded weights are on `meta`; accelerate then moves the ids itself.
     on = ids if model.device.type == "meta" else ids.to(model.device)
     with torch.no_grad():

@@ -1,13 +1,13 @@
-"""Head patterns that others have published, into profiles, and out again.
+"""Published head patterns into profiles, and profiles into DuoAttention's format.
 
-form         file                               what it holds
+format       file                               what it holds
 duo          full_attention_heads.tsv, folder   gates, rows of layers (DuoAttention, LServe)
 tsv          *.tsv                              the same with 0 and 1 only: a set
 msmodelslim  *.pt                               {"prefix_matching": {layer: [KV heads]}, ...}
 goldenstick  *.json                             {layer: [KV heads]}
 headkv       *.json                             {"layer-head": [scores]} of query heads: a ranking
 
-Gates and rankings need a share or a threshold; sets are taken as they are.
+Gates and rankings need a share or a threshold; sets are taken unchanged.
 """
 
 import json
@@ -30,7 +30,7 @@ _SLACK = 0.01
 
 
 class ModelShape(NamedTuple):
-    """Of the model that a pattern is for."""
+    """Shape of the model that a pattern is for."""
 
     num_layers: int
     num_heads: int
@@ -39,9 +39,9 @@ class ModelShape(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """How heads are taken from gates or a ranking: one of the two.
+    """How heads are chosen from gates or a ranking: by one of the two.
 
-    share: of the model's KV heads, whole heads upward. threshold: least gate.
+    share: of the model's KV heads, rounded up. threshold: least gate.
     """
 
     share: float | None = None
@@ -49,7 +49,7 @@ class Selection(NamedTuple):
 
 
 def parse_tsv(text: str) -> Rows:
-    """Rows of gates in 0..1, tabs between.
+    """Rows of gates in 0..1, separated by tabs.
 
     Raises:
         ValueError: empty, a BOM, another separator, uneven rows, or no number in 0..1.
@@ -104,7 +104,7 @@ def heads_of_sets(sets: Sequence[dict[Any, Any]], shape: ModelShape) -> tuple[tu
     """The union of `{layer: [KV heads]}` mappings.
 
     Raises:
-        ValueError: a layer or head that the model has not.
+        ValueError: a layer or head that the model does not have.
     """
     chosen: list[set[int]] = [set() for _ in range(shape.num_layers)]
     for heads_by_layer in sets:
@@ -127,10 +127,10 @@ def heads_of_sets(sets: Sequence[dict[Any, Any]], shape: ModelShape) -> tuple[tu
 
 
 def scores_of_ranking(data: dict[str, Any], shape: ModelShape) -> Rows:
-    """HeadKV's scores as `[layers][KV heads]`: means of a query head, best of a group.
+    """HeadKV's scores as `[layers][KV heads]`: the mean of each query head, the best of a group.
 
     Raises:
-        ValueError: a head missing or unknown, or scores that are no numbers.
+        ValueError: a head that is missing or unknown, or scores that are not numbers.
     """
     group = shape.num_heads // shape.num_kv_heads
     rows = [[-1.0] * shape.num_heads for _ in range(shape.num_layers)]
@@ -182,7 +182,7 @@ def duo_sizes(folder: Path) -> dict[str, int]:
     """Sinks and window, in tokens, that a DuoAttention pattern was made for; {} if not said.
 
     Raises:
-        ValueError: a `config.json` that is none, or a size that is no whole number.
+        ValueError: a `config.json` that is not JSON, or a size that is not a whole number.
     """
     path = folder / DUO_SIZES
     if not path.is_file():
@@ -222,7 +222,7 @@ def _from_pt(raw: bytes, shape: ModelShape) -> tuple[tuple[int, ...], ...]:
 
 
 def convert(path: Path, shape: ModelShape, selection: Selection) -> HeadProfile:
-    """Read a published pattern; its form is told by name and content.
+    """Read a published pattern; its name and content tell its format.
 
     Raises:
         ValueError: one line that names the file and what is wrong with it.
@@ -263,7 +263,7 @@ def convert(path: Path, shape: ModelShape, selection: Selection) -> HeadProfile:
 
 
 def write_duo(profile: HeadProfile, folder: Path, sinks: int, window: int) -> None:
-    """Write a profile in DuoAttention's form: a 0/1 gate a head, and the run's sizes.
+    """Write a profile in DuoAttention's format: a gate of 0 or 1 per head, sinks and window.
 
     Args:
         sinks, window: tokens.

@@ -4,10 +4,10 @@
 
     {"format": "razor-head-profile", "version": 1,
      "model": {"num_layers": 4, "num_kv_heads": 4, "head_size": 32},
-     "retrieval_heads": [[0], [], [1, 3], []],       KV heads, a list a layer
-     "scores": {"induction": [[0.9, ...], ...]},     a row a layer, a column a KV head
+     "retrieval_heads": [[0], [], [1, 3], []],       KV heads, a list per layer
+     "scores": {"induction": [[0.9, ...], ...]},     a row per layer, a column per KV head
      "made_by": {"method": "..."},
-     "sliding_layers": [1]}                          optional: with a window of the model's own
+     "sliding_layers": [1]}                          optional: layers with a sliding window
 """
 
 import json
@@ -34,11 +34,11 @@ class HeadProfile:
 
     Args:
         num_layers, num_kv_heads, head_size: fingerprint of the model.
-        retrieval_heads: sorted KV heads, a tuple a layer.
+        retrieval_heads: sorted KV heads, a tuple per layer.
         scores: name to rows of layers by columns of KV heads, all finite and >= 0.
-        made_by: how the profile was found; free of form.
-        sliding_layers: layers with a sliding window of the model's own. Their heads are
-            neither retrieval heads nor local ones, and score 0.
+        made_by: how the profile was found, in any form.
+        sliding_layers: layers with a sliding window in the model itself. Their heads are
+            neither retrieval nor local heads, and score 0.
 
     Raises:
         ValueError: a shape, a head or a score that does not fit.
@@ -144,7 +144,7 @@ class HeadProfile:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The profile as JSON's types."""
+        """The profile as JSON types."""
         data = {
             "format": FORMAT,
             "version": VERSION,
@@ -175,7 +175,7 @@ class HeadProfile:
 
     @classmethod
     def from_dict(cls, data: object) -> "HeadProfile":
-        """Check a profile that was parsed.
+        """Check a parsed profile.
 
         Raises:
             ValueError: another format or version, or contents that do not fit.
@@ -263,7 +263,7 @@ def read_profile(path: str | os.PathLike[str]) -> HeadProfile:
 def cache_path(model: str, revision: str | None = None) -> Path:
     """Where the user's cache keeps the profile of a model, by name or absolute path.
 
-    A hub model at a revision of its own has a profile of its own.
+    Each revision of a hub model has its own profile.
     """
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     name = str(Path(model).absolute()) if Path(model).is_dir() else model
@@ -293,7 +293,7 @@ def locate_profile(head_profile: str | None, model: str, revision: str | None = 
         model: a local folder, or a hub name with a local snapshot. revision: of a hub model.
 
     Raises:
-        ValueError: none was given and none is found; says the command that makes one.
+        ValueError: none was given and none is found; names the command that makes one.
     """
     if head_profile is not None:
         return Path(head_profile)
@@ -310,7 +310,7 @@ def locate_profile(head_profile: str | None, model: str, revision: str | None = 
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write atomically: a reader sees the old file or the new one, never half of one."""
+    """Write atomically: a reader sees the old file or the new one, never a part of it."""
     with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             file.write(content)
