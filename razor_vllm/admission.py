@@ -1,11 +1,11 @@
-"""What a request must be to come in; the last check before the engine trusts it.
+"""Which requests are accepted: the last check before the engine trusts one.
 
-The server checks the same first and answers with HTTP 400. Other front ends may not: what
-comes through to the engine and does not hold ends alone, and harms no other request.
+The server makes the same check first and answers with HTTP 400. Other front ends may not. A bad
+request that reaches the engine ends there, and harms no other request.
 
-A request that opts out of a windowed engine is never compressed, while the engine was sized for
-those that are: it may be too long for the pools, alone. It is refused where its prompt is,
-and ends by length where its answer would be.
+A request that opts out of a windowed engine is never compressed, but the engine was sized for
+requests that are, so even alone it may be too long for the pools. If its prompt is too long it
+is refused; if its answer would be, it ends by length.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ def check_request(
     num_prompt_tokens: int = 0,
     longest_dense: int | None = None,
 ) -> None:
-    """Refuse a request that asks for what there is not.
+    """Refuse a request that cannot be served.
 
     Args:
         extra_args: of its sampling parameters.
-        longest_dense: tokens of the longest request that may opt out; None where not known.
+        longest_dense: tokens of the longest request that may opt out; None if not known.
 
     Raises:
-        ValueError: an unknown policy, or a prompt that never fits without compression.
+        ValueError: an unknown policy, or a prompt that does not fit without compression.
     """
     policy = request_policy(extra_args)
     if policy == "full" and longest_dense is not None and num_prompt_tokens >= longest_dense:

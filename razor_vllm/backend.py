@@ -1,9 +1,9 @@
 """Attention over the two pools, as a vLLM attention backend.
 
-    step    vLLM builds one metadata object a pool; the first layer joins them into one step
-    layer   writes its heads' K and V into both pools, then attends
+    step    vLLM builds one metadata object per pool; the first layer joins them into one step
+    layer   writes its heads' K and V into both pools, then computes attention
 
-vLLM hands a layer the metadata of the pool that it shares (see `pools`); the other
+vLLM gives a layer the metadata of the pool that it shares (see `pools`); the other
 pool's metadata and cache are read from the forward context by the pool's name.
 """
 
@@ -44,8 +44,8 @@ from razor_vllm.specs import LocalSpec
 class RazorMetadata(AttentionMetadata):
     """One pool's part of a step.
 
-    batch: a step with this pool's tables alone. step: of both pools with their pages, once a
-        layer has asked for it.
+    batch: a step with only this pool's tables. step: the step with the tables and pages of both
+        pools, once a layer has asked for it.
     """
 
     batch: Step
@@ -59,8 +59,8 @@ class RazorMetadata(AttentionMetadata):
 class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
     """Makes a step's metadata for one pool; all layers share it.
 
-    A CUDA graph may hold a whole decode, drafted tokens included: grids are fixed, and what
-    a step changes lies in buffers that stay: the runner's own, never copies of them.
+    A CUDA graph may hold a whole decode, drafted tokens included. Grids are fixed, and what
+    differs between steps is in buffers that stay: the runner's own, never copies of them.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
@@ -77,7 +77,7 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
         attached = attachment_of(vllm_config)
         _check_block_size(kv_cache_spec, attached)
         self.form = attached.form
-        # What a plan reads is the same in both pools: the model's first one plans.
+        # A plan reads the same from both pools, so only the first pool's builder plans.
         context = vllm_config.compilation_config.static_forward_context
         self.plans = not self.is_local or RETRIEVAL_POOL not in context
         # One buffer for all steps: a CUDA graph reads it.
@@ -110,7 +110,7 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
 
     def _dense_until(self, num_requests: int) -> torch.Tensor:
         values = step_dense_until.get()[:num_requests]
-        # Rows beyond the runner's requests are padding, or a dummy run's: no value counts.
+        # Rows beyond the runner's requests are padding or a dummy run's: any value will do.
         if values != self.filled:
             fresh = torch.tensor(values, dtype=torch.int32, pin_memory=self.device.type == "cuda")
             self.dense_until[: len(values)].copy_(fresh, non_blocking=True)
@@ -119,16 +119,16 @@ class RazorMetadataBuilder(AttentionMetadataBuilder[RazorMetadata]):
 
 
 def _own(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """A tensor of the runner's as it is: converted, a CUDA graph would read a copy for ever."""
+    """The runner's tensor itself: after a conversion, a CUDA graph would always read a copy."""
     assert tensor.dtype == dtype, f"razor: {name} is {tensor.dtype}, expected {dtype}"
     return tensor
 
 
 def _check_block_size(kv_cache_spec: AttentionSpec, attached: Attachment) -> None:
-    """Refuse to serve from pages of another size than the plan's.
+    """Refuse to serve from pages whose size is not the plan's.
 
     Raises:
-        RuntimeError: with the size allocated and the plan's.
+        RuntimeError: names both sizes.
     """
     blocks = attached.plan.blocks
     expected = blocks.local if isinstance(kv_cache_spec, LocalSpec) else blocks.retrieval
@@ -140,7 +140,7 @@ def _check_block_size(kv_cache_spec: AttentionSpec, attached: Attachment) -> Non
 
 
 def step_of(all_metadata: dict[str, RazorMetadata], attached: Attachment) -> Step:
-    """The step of both pools, with the pages they have now; made by the first layer that asks."""
+    """The step of both pools with their current pages; made by the first layer that asks."""
     parts = [all_metadata.get(name) for name in POOLS]
     first = next(part for part in parts if part is not None)
     if first.step is not None:
@@ -153,7 +153,7 @@ def step_of(all_metadata: dict[str, RazorMetadata], attached: Attachment) -> Ste
 
 
 class _Layer(NamedTuple):
-    """What stays as it is from step to step; no memory of a pool's."""
+    """What is the same in every step; no memory of a pool."""
 
     attached: Attachment
     form: Form
@@ -208,13 +208,13 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Write K and V, and attend.
+        """Write K and V, then compute attention.
 
         Args:
             query, output: `[num_tokens, num_heads, head_size]`; output is written to.
             key, value: `[num_tokens, num_kv_heads, head_size]`.
-            kv_cache: not used; the pools' are.
-            attn_metadata: None while vLLM measures memory: output is zeros then.
+            kv_cache: not used; the pools' caches are.
+            attn_metadata: None while vLLM measures memory; the output is then zeros.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("razor: fused output quantization is not covered")
@@ -230,7 +230,7 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
         return output
 
     def _first_step(self, layer: AttentionLayer) -> _Layer:
-        """At a layer's first step: the plan is settled, and scales are loaded."""
+        """Made at a layer's first step: by then the plan is fixed, and scales are loaded."""
         attached = attachment_of(self.vllm_config)
         name = cast(Attention, layer).layer_name
         slopes = self.alibi_slopes
@@ -273,12 +273,12 @@ class RazorAttentionBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """All of a page in one run, a slot of it in one run."""
+        """A page is contiguous, and so is a slot within it."""
         return (KVCacheLayout.BLHNC,)
 
     @staticmethod
     def get_name() -> str:
-        """A name that vLLM knows: it looks the backend up by it."""
+        """A name that vLLM knows: it finds the backend by it."""
         return "CPU_ATTN" if current_platform.is_cpu() else "CUSTOM"
 
     @staticmethod

@@ -1,7 +1,7 @@
 """The one configuration behind the flags and `additional_config["razor"]`.
 
-It travels in vLLM's `additional_config`, which every process of an engine gets, and with it
-the head profile by value: after start-up no process reads the file again.
+It is part of vLLM's `additional_config`, which every process of an engine gets. The head
+profile goes with it by value: after start-up no process reads the file again.
 """
 
 import math
@@ -18,7 +18,7 @@ CONFIG_KEY = "razor"
 """Key of vLLM's `additional_config` that holds these options."""
 
 PROFILE_KEY = "razor_profile"
-"""Key that holds the contents of the head profile, as `HeadProfile.to_dict` has them."""
+"""Key that holds the contents of the head profile, from `HeadProfile.to_dict`."""
 
 
 def _whole(name: str, value: object) -> None:
@@ -34,7 +34,7 @@ def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
 
 
 def _help(sentence: str, flag: bool = True) -> dict[str, Any]:
-    """What the command line says of an option, and whether it has it."""
+    """The command line's help on an option, and whether it has a flag for it."""
     return {"help": sentence, "flag": flag}
 
 
@@ -159,7 +159,7 @@ class RazorConfig:
 
 
 def config_of(additional_config: object) -> RazorConfig | None:
-    """Options of an engine, or None where the policy is not asked for.
+    """Options of an engine, or None if it does not ask for the policy.
 
     Args:
         additional_config: `VllmConfig.additional_config`.
@@ -178,7 +178,7 @@ def profile_of(additional_config: object) -> HeadProfile:
 
     Raises:
         ValueError: contents that do not fit.
-        RuntimeError: there is none: the engine's configuration was not made by vLLM's EngineArgs.
+        RuntimeError: there is none, because vLLM's EngineArgs did not make the configuration.
     """
     data = additional_config.get(PROFILE_KEY) if isinstance(additional_config, dict) else None
     if data is None:

@@ -11,9 +11,8 @@ counters.
     Scheduler._preempt_request     counts preemptions
 
 They end with a vLLM that lets plugins add utility methods, and whose SchedulerStats can carry a
-plugin's own figures. The patches themselves are made with the engine's others (`compat`).
-What an engine is watched by is made once, when its pools are; nothing here raises for a
-request's sake.
+plugin's own figures. `compat` makes these patches with the engine's others. An engine's `Watch`
+is made once, together with its pools. Nothing here raises because of one request.
 """
 
 import time
@@ -40,7 +39,7 @@ UTILITY = "razor_memory"
 """Name of the utility method."""
 
 _RECENT = 256
-"""Requests that are remembered for the log line of a violation."""
+"""Requests that are kept for the log line of a violation."""
 
 
 @dataclass
@@ -48,8 +47,8 @@ class Watch:
     """What is counted in one engine process.
 
     longest_dense: tokens of the longest request that may opt out, its answer included.
-    checks, violations: integrity checks made, and those that found something. intact: result of the
-    last one; None before the first. changed: whether a request came since the last one.
+    checks, violations: integrity checks made, and those that found something. intact: result of
+    the last check; None before the first. changed: whether a request has come since the last one.
     """
 
     plan: MemoryPlan
@@ -64,7 +63,7 @@ class Watch:
     recent: deque[str] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
     def count(self, request: Any) -> None:
-        """Count a request that comes in."""
+        """Count an arriving request."""
         sampling = request.sampling_params
         self.requests["full" if opts_out(sampling and sampling.extra_args) else "razor"] += 1
         self.recent.append(request.request_id)
@@ -118,7 +117,7 @@ def watch(core: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
 
 
 def _lookahead(vllm_config: VllmConfig) -> int:
-    """Tokens beyond a request's own that it may hold pages for: drafted ones."""
+    """Drafted tokens, for which a request may hold pages beyond its own tokens."""
     speculative = vllm_config.speculative_config
     return speculative.num_speculative_tokens if speculative else 0
 
@@ -129,7 +128,7 @@ def watch_of(core: Any) -> Watch:
 
 
 def razor_memory(core: Any, list_requests: bool = False) -> dict[str, Any]:
-    """Utility method: an engine's memory as plain JSON types; checks the pools of an idle engine.
+    """Utility method: an engine's memory as JSON types; checks the pools of an idle engine.
 
     Args:
         core: the EngineCore, between two steps.

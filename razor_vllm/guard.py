@@ -1,8 +1,8 @@
-"""Whether the plugin may touch this vLLM at all.
+"""Whether the plugin may patch this vLLM at all.
 
-Only a tested series is patched. With any other, or where something of ours cannot be installed,
-the plugin stands aside: vLLM runs as without it, after one line in the log, and a start
-that asks for the policy is refused.
+Only a tested series is patched. With any other, or if something of ours cannot be installed, the
+plugin stands aside: it logs one line, vLLM runs as if it were not installed, and an engine that
+asks for the policy is refused.
 """
 
 import argparse
@@ -55,10 +55,10 @@ def install() -> None:
 
 
 def stand_aside(reason: str) -> None:
-    """Leave vLLM as it is, but for the refusal of the policy.
+    """Leave vLLM unchanged, except that it refuses the policy.
 
     Args:
-        reason: what was found, and what is covered.
+        reason: what was found, and what was expected.
     """
     if multiprocessing.parent_process() is None:
         logger.warning("razor stands aside, --kv-policy razor is refused: %s", reason)

@@ -1,4 +1,4 @@
-"""Who holds which page: vLLM's block managers of the two pools.
+"""Which request holds which page: vLLM's block managers of the two pools.
 
 A local request past its dense part, with its next query in page p, holds
 
@@ -10,7 +10,7 @@ A local request past its dense part, with its next query in page p, holds
 and the manager frees the rest; nothing is copied. A page is cached, and a cached
 page reused, only where a miss would compute the same values:
 
-    mode        cached                    a hit needs, of local pages
+    mode        cached                    local pages that a hit needs
     exact       pages below dense_until   all of them (its tokens are attended densely)
     windowed    all pages                 sinks, the tail page and the window
 """
@@ -42,12 +42,12 @@ class _RazorManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.is_exact = self.kv_cache_spec.razor.prefill == "exact"
         self.dense_until: dict[str, int] = {}
-        # Counted for the metrics: tokens taken from the prefix cache, tokens that left windows.
+        # For the metrics: tokens taken from the prefix cache, and tokens that left windows.
         self.prefix_cache_hit_tokens = 0
         self.dropped_tokens = 0
 
     def admit(self, request: Request) -> Lookup:
-        """Note a request's `dense_until`; called before anything else is asked of it."""
+        """Note a request's `dense_until`; called before any other method about it."""
         sampling = request.sampling_params
         until = dense_until(
             self.kv_cache_spec.razor,
@@ -70,15 +70,15 @@ class _RazorManager(SingleTypeKVCacheManager):
     ) -> int:
         """Free pages that a request needs to grow to `num_tokens`.
 
-        Cached pages that it reuses count too where they lie in the free queue.
+        Cached pages that it reuses count too, if they are in the free queue.
         """
         required = -(-num_tokens // self.block_size)
         held = len(self.req_to_blocks.get(request_id, ()))
-        # Every request comes here in every step; most of them bring no hit.
+        # Called for every request in every step; most have no hit.
         if not new_computed_blocks and not apply_admission_cap:
             return max(required - held, 0)
         cap = self.max_admission_blocks_per_request
-        # The cap is of requests that are compressed.
+        # The cap holds for requests that are compressed.
         if self.dense_until.get(request_id) == DENSE_FOREVER:
             cap = None
         if apply_admission_cap and cap is not None:
@@ -93,7 +93,7 @@ class _RazorManager(SingleTypeKVCacheManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        """Pages for `num_tokens` tokens; mostly the last one has room, and there are none."""
+        """New pages for `num_tokens` tokens; mostly none, because the last page has room."""
         if len(self.req_to_blocks[request_id]) * self.block_size >= num_tokens:
             return []
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
@@ -155,7 +155,7 @@ class _RazorManager(SingleTypeKVCacheManager):
 
 
 def _hit_limit(spec: RetrievalSpec | LocalSpec, max_length: int) -> int:
-    """Longest prefix, in tokens, that the request looked up for may reuse."""
+    """Longest prefix, in tokens, that the current look-up's request may reuse."""
     if spec.razor.prefill == "exact":
         return min(max_length, admitted_lookup().dense_until)
     return max_length
@@ -232,7 +232,7 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         self._remove_blocks_in_range(request_id, window.sink_pages, kept)
         page = processed_computed_tokens // self.block_size
         self._count_dropped(request_id, window.num_dropped(page))
-        # Windows move with the page: nothing more to do at any other of its positions.
+        # Windows move once per page: there is nothing to do at its other positions.
         self._due[request_id] = (page + 1) * self.block_size
 
     def _count_dropped(self, request_id: str, dropped: int) -> None:
@@ -253,7 +253,7 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """Take a hit's pages; the ones it does without are null already."""
+        """Take the pages of a hit; those that it does not need are null already."""
         assert num_external_computed_tokens == 0, "KV connectors are refused at start-up"
         self.count_hit(new_computed_blocks)
         blocks = self.req_to_blocks[request_id]
@@ -263,7 +263,7 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         self.num_cached_block[request_id] = len(blocks)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        """Never a prefix: sinks stay. See `remove_skipped_blocks`."""
+        """No prefix is ever skipped, because sinks stay. See `remove_skipped_blocks`."""
         return 0
 
     @classmethod
@@ -320,8 +320,8 @@ class LocalManager(_RazorManager, SlidingWindowManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Longest prefix whose sinks, tail page and window are all cached.
 
-        Where page i is missing, no prefix that ends past its first token will do: windows only
-        move forward, so shorter prefixes that reach into it need it too.
+        If page i is missing, no prefix that ends past its first token is a hit: windows only
+        move forward, so shorter prefixes that reach into the page need it too.
         """
         size = spec.block_size
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
@@ -336,7 +336,7 @@ class LocalManager(_RazorManager, SlidingWindowManager):
             sinks = range(min(spec.window.sink_pages, kept, num_pages))
             pages = [*sinks, *range(kept, num_pages)]
             found = {}
-            # From the last: a missing page rules out every length that needs it.
+            # From the last page down: a missing one rules out every length that needs it.
             for index in reversed(pages):
                 blocks = cached(index)
                 if blocks is None:
@@ -352,8 +352,8 @@ class LocalManager(_RazorManager, SlidingWindowManager):
 
 
 def register_specs() -> None:
-    """Make vLLM know both specs and their managers; may be called more than once."""
-    # Makes vLLM register its own first: it does so only into an empty registry.
+    """Register both specs and their managers with vLLM; may be called more than once."""
+    # This makes vLLM register its own first, which it does only into an empty registry.
     KVCacheSpecRegistry.check_kv_cache_spec_registry({})
     KVCacheSpecRegistry.register(RetrievalSpec, RetrievalManager, FullAttentionSpec)
     KVCacheSpecRegistry.register(LocalSpec, LocalManager, LocalSpec)

@@ -1,13 +1,13 @@
 """Heads over ranks: tensor and pipeline parallelism.
 
-vLLM wants every rank's pools to be alike, while ranks hold different heads. So a rank's
-slots are quotas, equal on all ranks:
+vLLM requires the pools of all ranks to be equal, while ranks hold different heads. So the
+slots of a rank are quotas, equal on all ranks:
 
-    retrieval quota   the most retrieval heads that one rank holds
-    local quota       the most local heads that are left on one rank
+    retrieval quota   the most retrieval heads on any rank
+    local quota       the most local heads that are left on any rank
 
-A rank with spare retrieval slots promotes its best-scoring local heads into them; what it
-cannot fill stays empty.
+A rank with spare retrieval slots promotes its best-scoring local heads into them; slots that
+it cannot fill stay empty.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class RankHeads:
 def partition(
     profile: HeadProfile, tp_size: int = 1, stages: Sequence[range] | None = None
 ) -> tuple[RankHeads, ...]:
-    """Heads of every rank; stage by stage, tensor-parallel ranks within.
+    """Heads of every rank: by stage, then by tensor-parallel rank.
 
     Args:
         tp_size: tensor-parallel ranks. With more ranks than KV heads, vLLM gives a head to
@@ -71,7 +71,7 @@ def partition(
 
 
 def pipeline_stages(num_layers: int, pp_size: int) -> list[range]:
-    """Layers of each pipeline stage, as vLLM cuts them.
+    """Layers of each pipeline stage, as vLLM splits them.
 
     Raises:
         ValueError: more stages than layers.
@@ -88,7 +88,7 @@ def rank_heads(vllm_config: VllmConfig, stage: int, tp_rank: int) -> RankHeads:
         stage: pipeline stage. tp_rank: tensor-parallel rank within it.
 
     Raises:
-        ValueError: the profile is of another model, or does not divide.
+        ValueError: the profile is of another model, or its heads do not divide.
     """
     profile, model = profile_of(vllm_config.additional_config), vllm_config.model_config
     num_layers = model.get_total_num_hidden_layers()
@@ -142,7 +142,7 @@ def _promote(rank: RankHeads, profile: HeadProfile, quota: int) -> RankHeads:
 
 
 def _score(profile: HeadProfile, layer: int, head: int) -> float:
-    """Induction score where there is one, else the best of the scores there are."""
+    """The induction score if there is one, else the best of the other scores."""
     scores = profile.scores
     if "induction" in scores:
         return scores["induction"][layer][head]

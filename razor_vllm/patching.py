@@ -1,4 +1,4 @@
-"""Replacing a function of vLLM's by one that calls it, and putting all of them back."""
+"""Replacing functions of vLLM by wrappers, and undoing it."""
 
 import functools
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from typing import Any, TypeVar
 F = TypeVar("F", bound=Callable[..., Any])
 
 _originals: list[tuple[Any, str, Any]] = []
-"""Owner, name and what stood there, in the order of the replacements."""
+"""Owner, name and original, in the order of the replacements."""
 
 
 def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], F]) -> None:
-    """Replace owner.name by make(owner.name), once; static and class methods stay so.
+    """Replace owner.name by make(owner.name), once; static and class methods stay what they are.
 
     Raises:
-        AttributeError: the owner has no such name of its own.
+        AttributeError: the owner itself does not define the name.
     """
     if name not in vars(owner):
         raise AttributeError(f"{owner.__name__} has no {name}")
@@ -30,6 +30,6 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], F]) -> None
 
 
 def undo() -> None:
-    """Put back everything that `wrap` replaced."""
+    """Restore everything that `wrap` replaced."""
     while _originals:
         setattr(*_originals.pop())

@@ -1,13 +1,13 @@
 """From a model and a profile to two pools: slots, page sizes, bytes.
 
-A *slot* is one KV head of one layer on the H axis of its pool. Layer-major order
-keeps one layer's slots of a pool contiguous:
+A *slot* is one KV head of one layer on the H axis of its pool. Slots are in layer-major
+order, so a layer's slots in a pool are contiguous:
 
     retrieval pool   | layer 0: head 2 | layer 1: heads 0, 3 | layer 2: - | ...
     local pool       | layer 0: heads 0, 1, 3 | layer 1: heads 1, 2 | ...
 
-Both pools draw pages from one block pool, so their pages have equal bytes; tokens
-a page are chosen so that they nearly do by themselves, and the rest is padding.
+Both pools draw pages from one block pool, so their pages have equal bytes. Tokens per
+page are chosen to make them nearly equal, and the rest is padding.
 """
 
 import math
@@ -28,12 +28,12 @@ POOLS = (RETRIEVAL_POOL, LOCAL_POOL)
 _LOCAL_BLOCK_SIZES = (32, 48, 64, 96, 128)
 _BLOCK_STEP = 16
 _MAX_HIT_TOKENS = 256
-"""Longest common multiple of the two page lengths that is preferred: prefix-cache
-hits come in it."""
+"""Preferred limit of the least common multiple of the two page lengths, in which
+prefix-cache hits come."""
 
 
 class LayerSlots(NamedTuple):
-    """KV heads of one layer and where they live.
+    """KV heads of one layer in one pool, and their slots.
 
     heads: KV heads in slot order. start: first slot in the pool.
     """
@@ -47,7 +47,7 @@ class LayerSlots(NamedTuple):
 
 
 class PoolSizes(NamedTuple):
-    """Tokens a page of each pool."""
+    """Tokens per page of each pool."""
 
     retrieval: int
     local: int
@@ -55,14 +55,14 @@ class PoolSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Two pools of one rank, and what a request costs in them.
+    """The two pools of one rank, and what a request costs in them.
 
     Args:
         config: of the policy.
         heads: of the rank, and the slots of either pool.
         dtype: of stored K and V.
-        blocks: tokens a page of each pool.
-        full_block_size: tokens a page of stock vLLM, which the plan is compared with.
+        blocks: tokens per page of each pool.
+        full_block_size: tokens per page of stock vLLM, with which the plan is compared.
     """
 
     config: RazorConfig
@@ -155,7 +155,7 @@ class MemoryPlan:
         return self.full_request_pages(num_tokens) * self.full_page_bytes
 
     def longest_dense(self, num_pages: int) -> int:
-        """Tokens of the longest request that is never compressed and holds so many pages."""
+        """Tokens of the longest request that fits `num_pages` pages without compression."""
         low, high = 0, num_pages * max(self.blocks)
         while low < high:
             middle = (low + high + 1) // 2
@@ -180,11 +180,11 @@ def plan_memory(
     max_model_len: int,
     block_size: int,
 ) -> MemoryPlan:
-    """Choose tokens a page so that requests cost least.
+    """Choose tokens per page so that requests cost least.
 
     Args:
-        max_model_len: tokens; requests of 1/8 to all of it are weighed.
-        block_size: stock vLLM's, used where there is one pool only and nothing to match.
+        max_model_len: tokens; the cost is that of requests of 1/8 to all of it.
+        block_size: stock vLLM's, used if there is only one pool and nothing to match.
 
     Raises:
         ValueError: no retrieval head, and the config does not allow it.
@@ -202,7 +202,7 @@ def plan_memory(
 
 
 def _matching_blocks(heads: RankHeads, dtype: torch.dtype, local: int) -> tuple[int, int]:
-    """Multiples of 16 tokens whose retrieval page is just below, just above a local one."""
+    """The multiples of 16 tokens whose retrieval pages are just below and above a local page."""
     rows = PageLayout(local, heads.profile.head_size, dtype, has_tail=True).rows
     exact = rows * heads.local_quota / heads.retrieval_quota
     below = max(math.floor(exact / _BLOCK_STEP), 1) * _BLOCK_STEP

@@ -1,14 +1,14 @@
 """One number per request: `dense_until`, and the channels that carry it.
 
 Local heads treat a query at position t < dense_until as retrieval heads do. It
-follows from the engine's prefill mode and the request's own wish:
+follows from the engine's prefill mode and the policy that the request asks for:
 
     request            exact prefill      windowed prefill
     razor (default)    prompt length      0
     "full"             DENSE_FOREVER      DENSE_FOREVER
 
-vLLM tells neither its block managers whose prefix is looked up, nor its attention
-whose tokens a batch holds: two context variables do.
+vLLM does not tell its block managers whose prefix is looked up, nor its attention
+whose tokens a batch holds. Two context variables do.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ REQUEST_KEY = "kv_policy"
 
 
 class Lookup(NamedTuple):
-    """Whose prefix is looked up in the cache."""
+    """The request whose prefix is looked up in the cache."""
 
     dense_until: int
 
@@ -36,16 +36,16 @@ step_dense_until: ContextVar[tuple[int, ...]] = ContextVar("razor_dense_until", 
 
 
 def admitted_lookup() -> Lookup:
-    """The look-up under way."""
+    """The current look-up."""
     lookup = current_lookup.get()
     assert lookup is not None, "a prefix is looked up for a request that was not admitted"
     return lookup
 
 
 def request_policy(extra_args: Mapping[str, Any] | None) -> KVPolicy:
-    """Policy that a request asks for; razor where it does not say.
+    """Policy that a request asks for; razor if it does not say.
 
-    Asked where requests come in: to the server, and to the engine.
+    Called where requests arrive: in the server, and in the engine.
 
     Raises:
         ValueError: neither full nor razor.
@@ -58,7 +58,7 @@ def request_policy(extra_args: Mapping[str, Any] | None) -> KVPolicy:
 
 
 def opts_out(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether a request that was let in is never compressed; raises nothing."""
+    """Whether an accepted request is never compressed; raises nothing."""
     return (extra_args or {}).get(REQUEST_KEY) == "full"
 
 
@@ -80,7 +80,8 @@ def policy_salt(
     """Cache salt of a request under its policy.
 
     In windowed mode the same tokens have other K and V in a request that opts out, so the two
-    kinds share no pages. The user's own salt comes after a word of ours, which it cannot reach.
+    kinds must not share pages. The user's salt comes after a word of ours, so it cannot equal
+    the other kind's.
     """
     if config.prefill != "windowed":
         return salt

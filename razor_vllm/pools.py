@@ -1,9 +1,9 @@
 """The two cache "layers" that vLLM sees, and their attachment to a loaded model.
 
 vLLM gives memory to layers. All retrieval heads of a rank share one cache layer and
-all local heads another; the model's own attention layers are told that they share
-the first one's cache, so that vLLM gives them none. A request then has two block
-tables, whatever the head map looks like.
+all local heads another. The model's own attention layers are marked as sharing the
+first one's cache, so that vLLM gives them none. A request then has two block tables,
+whatever the head map looks like.
 """
 
 import functools
@@ -33,14 +33,14 @@ from razor_vllm.support import check_layers
 class Pool(nn.Module, AttentionLayerBase):
     """A cache layer: pages of one kind of head, no weights, no forward.
 
-    `kv_cache` is vLLM's to set, and it sets it more than once: a GPU's graphs are first captured
-    over a cache that is thrown away. So pages are read from here in each step, and kept nowhere.
+    vLLM sets `kv_cache`, and more than once: on a GPU, graphs are first captured over a cache
+    that is thrown away. So pages are read from here in each step and stored nowhere else.
 
     Args:
         name: in vLLM's forward context.
         retrieval: whether its heads are retrieval heads.
-        num_heads: query heads of the model's layers; equal, so that vLLM builds one
-            metadata object for them all.
+        num_heads: query heads of the model's layers; the same, so that vLLM builds one
+            metadata object for all of them.
         backend: that of the model's layers.
     """
 
@@ -69,10 +69,10 @@ class Pool(nn.Module, AttentionLayerBase):
         return retrieval if self.retrieval else local
 
     def pages(self) -> PoolPages:
-        """The pool's memory now.
+        """The pool's current memory.
 
         Raises:
-            RuntimeError: what vLLM allocated is not what the plan has.
+            RuntimeError: what vLLM allocated does not fit the plan.
         """
         plan = self.attached.plan
         if self.retrieval:
@@ -119,14 +119,14 @@ class Attachment:
             for index, (name, quota) in enumerate(zip(POOLS, quotas, strict=True))
         ]
         self.pools = (pools[0], pools[1])
-        """Of the retrieval and of the local heads; None where there are none."""
+        """Pool of the retrieval heads, pool of the local heads; None where there are none."""
 
     @functools.cached_property
     def plan(self) -> MemoryPlan:
-        """The plan, settled when vLLM first asks what the pools need.
+        """The plan, made once, when vLLM first asks what the pools need.
 
-        Not before: vLLM chooses its block size after the model is loaded. And not again: it
-        changes that size and the model's length afterwards, while the pages stay.
+        Not earlier, because vLLM chooses its block size after the model is loaded. And not
+        again, because vLLM later changes that size and the model's length, while pages stay.
         """
         return plan_memory(
             self.config,
@@ -158,7 +158,7 @@ class Attachment:
         )
 
     def layer_heads(self, layer_name: str) -> LayerHeads:
-        """Where a layer's heads live."""
+        """The pools and slots of a layer's heads."""
         plan, layer = self.plan, self.layer_index[layer_name]
         pool_of, slot_of = ([0] * self.num_kv_heads for _ in range(2))
         for index, slots in enumerate((plan.retrieval_slots(layer), plan.local_slots(layer))):
@@ -169,14 +169,14 @@ class Attachment:
 
 
 def stored_dtype(layer: Attention) -> torch.dtype:
-    """Type of the numbers in a layer's cache; vLLM hands fp8 about as bytes."""
+    """Type of the numbers in a layer's cache; vLLM itself treats fp8 as bytes."""
     if layer.kv_cache_dtype in ("fp8", "fp8_e4m3"):
         return torch.float8_e4m3fn
     return layer.kv_cache_torch_dtype
 
 
 def attach(vllm_config: VllmConfig) -> None:
-    """Give a loaded model its pools; the second call and later ones do nothing.
+    """Give a loaded model its pools; later calls do nothing.
 
     Raises:
         ValueError: the profile is of another model.

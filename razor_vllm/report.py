@@ -1,4 +1,4 @@
-"""What the policy holds and saves, in lines that a person can act on."""
+"""What the policy holds and saves: the start-up report, and figures of requests and mixes."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -48,7 +48,7 @@ class MixMemory(NamedTuple):
 
 
 def check_attached(kv_cache_specs: list[dict[str, KVCacheSpec]]) -> None:
-    """Stop an engine whose workers report caches that are not ours.
+    """Refuse an engine whose workers report caches that are not ours.
 
     Raises:
         RuntimeError: naming what was found.
@@ -69,14 +69,14 @@ def check_attached(kv_cache_specs: list[dict[str, KVCacheSpec]]) -> None:
 
 
 def plan_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> MemoryPlan:
-    """The plan that the pools of an engine's first rank follow; all ranks' cost the same."""
+    """The plan of the allocated pools of an engine's first rank; all ranks cost the same."""
     config = config_of(vllm_config.additional_config)
     assert config is not None, "the policy was not asked for"
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     first = specs[0]
     assert isinstance(first, RetrievalSpec | LocalSpec)
     sizes = {type(spec): spec.block_size for spec in specs}
-    # With one kind of head there is one pool, and the other's size counts for nothing.
+    # With one kind of head there is one pool, and the other's size does not matter.
     blocks = PoolSizes(
         sizes.get(RetrievalSpec, first.block_size), sizes.get(LocalSpec, first.block_size)
     )
@@ -86,14 +86,14 @@ def plan_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> MemoryPl
 
 class Capacity(NamedTuple):
     """Pages that requests may hold in an engine's KV memory, under the policy and under stock
-    vLLM; either keeps one more, its null page."""
+    vLLM; each also has a null page."""
 
     pages: int
     full_pages: int
 
     @classmethod
     def of(cls, plan: MemoryPlan, memory: int) -> "Capacity":
-        """Of so many bytes."""
+        """The capacity of `memory` bytes."""
         return cls(
             max(memory // plan.page_bytes - 1, 0), max(memory // plan.full_page_bytes - 1, 0)
         )

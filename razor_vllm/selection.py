@@ -1,8 +1,8 @@
 """The attention backend that vLLM finds under its CPU backend's name.
 
-vLLM's CPU platform takes no wish: it always asks for `CPU_ATTN`, by the path that is
-registered. The path leads here, and the name is looked up when an engine's first
-attention layer is made, so an engine without the policy gets vLLM's own backend.
+vLLM's CPU platform has no choice of backend: it always asks for `CPU_ATTN`, by the path that
+is registered. That path leads here. The name is looked up when an engine makes its first
+attention layer, so an engine without the policy gets vLLM's own backend.
 """
 
 from typing import Any

@@ -17,7 +17,7 @@ class RetrievalSpec(FullAttentionSpec):
 
     razor: RazorConfig
     full_block_size: int
-    """Tokens a page of stock vLLM, where the plan was settled: vLLM's own setting changes."""
+    """Tokens per page of stock vLLM when the plan was made: vLLM's own setting changes later."""
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -28,7 +28,7 @@ class RetrievalSpec(FullAttentionSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSpec(SlidingWindowSpec):
-    """Pages of all local heads: sinks, a window, a tail of running sums a page."""
+    """Pages of all local heads: sinks, a window, and a tail of running sums in each page."""
 
     razor: RazorConfig
     full_block_size: int
@@ -50,7 +50,7 @@ class LocalSpec(SlidingWindowSpec):
 
     @property
     def num_retained_tokens(self) -> int:
-        """0: no entry of a block table is nulled, since sinks and tail page lie below the window.
+        """0: no entry of a block table is nulled, since sinks and tail page are below the window.
 
         Asked for by the V2 runner of vLLM 0.33 and later.
         """

@@ -404,7 +404,7 @@ def probe_model(
     rounds = []
     with (
         tqdm(total=layers * len(options.seeds), desc="layers x seeds", unit="layer") as progress,
-        # Where a device map puts weights on disk, they go there.
+        # Weights that a device map puts on disk go into this folder.
         tempfile.TemporaryDirectory() as folder,
     ):
         probe = Probe(layers, max_positions, period, progress)
