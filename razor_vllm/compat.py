@@ -1,6 +1,6 @@
 """Every place where vLLM is patched rather than extended through a registry.
 
-What would end a patch stands with it.
+A comment at each patch says which vLLM would end it.
 
     where                                    why
     EngineArgs                               flags; early checks
@@ -72,7 +72,7 @@ def install() -> None:
     wrap(EngineArgs, "add_cli_args", _adding_flags)
     wrap(EngineArgs, "from_cli_args", _folding_flags)
     wrap(EngineArgs, "create_engine_config", _checking_config)
-    # An engine in a process of its own loads plugins when it is being made.
+    # An engine in its own process loads plugins while it is being made.
     if "vllm.v1.engine.core" in sys.modules:
         _wrap_engine()
     register_backend(AttentionBackendEnum.CPU_ATTN, "razor_vllm.selection.CPUBackend")
@@ -173,7 +173,7 @@ def _prepare(vllm_config: Any, config: RazorConfig) -> None:
 
 
 def _with_profile(vllm_config: Any, config: RazorConfig) -> tuple[RazorConfig, HeadProfile]:
-    """The options with the profile's path, and its contents: as handed on, or from its file."""
+    """The options with the profile's path, and its contents: those passed on, or the file's."""
     if PROFILE_KEY in vllm_config.additional_config:
         return config, profile_of(vllm_config.additional_config)
     model = vllm_config.model_config
@@ -280,7 +280,7 @@ def _checking_attachment(original: Callable[..., Any]) -> Callable[..., Any]:
         install_engine_patches()
         kv_cache_config = original(self, vllm_config)
         watch = core_memory.watch(self, vllm_config, kv_cache_config)
-        # A front end in this process has the same configuration; others are told over a call.
+        # A front end in this process has the same configuration; others learn it by a call.
         tell_longest_dense(vllm_config, watch.longest_dense)
         log_report(watch.plan, vllm_config.model_config.max_model_len, kv_cache_config.num_blocks)
         return kv_cache_config
@@ -303,7 +303,7 @@ def install_engine_patches() -> None:
 
 
 def _letting_in(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What is raised here, vLLM answers to that request alone."""
+    """vLLM answers what is raised here to that request alone."""
 
     def preprocess_add_request(self: Any, request: Any) -> Any:
         config = config_of(self.vllm_config.additional_config)
@@ -354,7 +354,7 @@ async def call_engines(engine_core: Any, method: str, *args: Any) -> list[Any]:
     call_all = getattr(engine_core, "call_utility_all_async", None)
     if call_all is not None:
         return await call_all(method, *args)
-    # vLLM 0.31 has the parts of it only.
+    # vLLM 0.31 has only its parts.
     call = engine_core._call_utility_async
     engines = engine_core.core_engines
     return await asyncio.gather(*(call(method, *args, engine=engine) for engine in engines))

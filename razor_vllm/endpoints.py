@@ -1,8 +1,8 @@
 """vLLM's switch for HTTP routes of plugins.
 
-vLLM serves a plugin's routes only where `VLLM_PLUGINS` names the plugin, and once that is set,
-loads no plugin that it does not name. Asking for `--kv-policy razor` on a server's command line
-asks for the policy's read-only routes too: the variable is then set to what vLLM loads anyway,
+vLLM serves a plugin's routes only if `VLLM_PLUGINS` names the plugin, and once that is set, it
+loads no plugin that it does not name. `--kv-policy razor` on a server's command line asks for
+the policy's read-only routes too, so the variable is then set to what vLLM would load anyway,
 and ours.
 """
 
@@ -16,7 +16,7 @@ _ENDPOINTS = "vllm.endpoint_plugins"
 
 
 def turn_on_endpoints() -> None:
-    """Name the plugin in `VLLM_PLUGINS`, beside all that vLLM would load without it.
+    """Name the plugin in `VLLM_PLUGINS`, together with all that vLLM loads without the variable.
 
     Routes of other plugins stay off unless the user named them.
     """

@@ -1,4 +1,4 @@
-"""The command line: `--kv-policy` and the options of the policy, as RazorConfig has them."""
+"""The command line: `--kv-policy` and the options of the policy, made from RazorConfig."""
 
 import argparse
 from dataclasses import Field, fields
@@ -15,7 +15,7 @@ _KINDS: dict[Any, dict[str, Any]] = {
 
 
 def _options() -> dict[str, Field]:
-    """Fields that are flags: all but the policy, and those that only measurements want."""
+    """Fields that are flags: all except the policy, and those that only measurements need."""
     return {
         field.name: field
         for field in fields(RazorConfig)

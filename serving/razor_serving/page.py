@@ -14,7 +14,7 @@ router = APIRouter()
 
 
 def content_security_policy(html: str) -> str:
-    """A policy under which the page's own script and style run, and nothing else."""
+    """A content security policy that allows the page's own script and style, and nothing else."""
 
     def digests(tag: str) -> str:
         bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
@@ -30,7 +30,7 @@ def content_security_policy(html: str) -> str:
 
 @router.get("/razor", response_class=HTMLResponse, include_in_schema=False)
 async def get_page() -> HTMLResponse:
-    """The page; it holds no figures of its own."""
+    """The page; it has no figures in it."""
     html = _FILE.read_text(encoding="utf-8")
     return HTMLResponse(
         html,

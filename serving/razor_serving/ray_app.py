@@ -13,7 +13,7 @@ or the same options under `args:` of a Serve configuration file. Ray refuses eng
 options that it does not know, so the policy's go in by `additional_config`.
 
 Limits: written for Ray 2.60, whose engine class fits vLLM 0.32. Ray runs engines on
-CPUs in one process group a replica, so tensor and pipeline parallelism over nodes
+CPUs in one process group per replica, so tensor and pipeline parallelism over nodes
 needs GPUs.
 """
 
@@ -55,20 +55,20 @@ class AppOptions(BaseModel):
     worker_cpus: float = Field(1, ge=0)
     """Cores that Ray reserves for each of an engine's workers."""
     placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
-    """How Ray lays an engine's workers over nodes."""
+    """How Ray places an engine's workers on nodes."""
     replicas: int | None = Field(None, ge=1)
     """A fixed number of engines; without it Ray scales between the next two."""
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(4, ge=1)
     target_ongoing_requests: int = Field(32, ge=1)
-    """Requests an engine that autoscaling aims at."""
+    """Requests per engine that autoscaling aims at."""
     max_ongoing_requests: int = Field(256, ge=1)
-    """Requests an engine is given at a time; more of them wait at the ingress."""
+    """Most requests in an engine at a time; more of them wait at the ingress."""
     routing: Routing = "prefix"
     """prefix: to the engine that has seen the prompt's beginning, as long as queues are
     about even. balanced: to the shorter of two queues."""
     imbalance: int = Field(8, ge=0)
-    """Difference of queues, in requests, from which on `prefix` balances instead."""
+    """Difference of queues, in requests, above which `prefix` balances instead."""
     ingress_replicas: int = Field(2, ge=1)
     """Copies of the HTTP side."""
     environment: dict[str, str] = Field(default_factory=dict)
@@ -98,7 +98,7 @@ def engine_options(options: AppOptions) -> dict[str, Any]:
     """vLLM's options, with the policy's among them.
 
     Raises:
-        ValueError: the policy's options stand in both places.
+        ValueError: the policy's options are in both places.
     """
     additional = dict(options.engine.get("additional_config") or {})
     if CONFIG_KEY in additional:
@@ -124,7 +124,7 @@ def _router(options: AppOptions) -> dict[str, Any]:
     return {
         "request_router_config": RequestRouterConfig(
             request_router_class=cast(Any, PrefixCacheAffinityRouter),
-            # Without eviction the router keeps every prompt's text for ever.
+            # Without eviction the router never forgets a prompt's text.
             request_router_kwargs={
                 "imbalanced_threshold": options.imbalance,
                 "do_eviction": True,

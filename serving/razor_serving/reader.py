@@ -11,11 +11,11 @@ from razor_vllm.compat import call_engines
 from razor_vllm.core_memory import UTILITY
 
 FRESH_SECONDS = 0.25
-"""A reading of that age is answered again."""
+"""Age up to which a reading is used again."""
 WAIT_SECONDS = 10.0
 """Longest wait for an engine that is in the middle of a step."""
 _REFUSED = "Server shutting down"
-"""What vLLM's engine answers to every call of this kind once it was told to end."""
+"""What vLLM's engine answers to every utility call once it was told to end."""
 
 
 class EngineStopping(Exception):
@@ -34,7 +34,7 @@ class Reading(NamedTuple):
 
 
 class MemoryReader:
-    """One call to the engines at a time, shared by all who wait for it."""
+    """One call to the engines at a time, shared by all callers."""
 
     def __init__(self, engine_client: EngineClient) -> None:
         self._client: Any = engine_client
@@ -42,7 +42,7 @@ class MemoryReader:
         self._under_way: dict[bool, asyncio.Task[Reading]] = {}
 
     async def read(self, list_requests: bool = False) -> Reading:
-        """The engines' figures, at most a moment old; older ones where an engine is busy.
+        """The engines' figures, at most a moment old; older ones while an engine is busy.
 
         Raises:
             TimeoutError: an engine did not answer, and never has.

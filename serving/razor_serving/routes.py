@@ -1,4 +1,4 @@
-"""Read-only routes: what the policy is, what it holds, which heads retrieve, what would fit."""
+"""Read-only routes: the policy, what it holds, which heads retrieve, how many requests fit."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -38,10 +38,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class Guarded(APIRoute):
-    """A route that tells an engine that cannot answer from a fault of ours.
+    """A route that distinguishes an engine that cannot answer from a fault of ours.
 
-    Left to vLLM's handlers, a `ValueError` of ours would be the client's 400, and no log
-    would have it.
+    vLLM's handlers would turn a `ValueError` of ours into a 400 for the client, without a
+    line in the log.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -98,10 +98,10 @@ class Service:
         return await self.reader.read(list_requests)
 
     async def plan(self) -> tuple[MemoryPlan, dict[str, Any]]:
-        """The plan that the first engine's pools follow, and its figures."""
+        """The plan of the first engine's pools, and that engine's figures."""
         figures = (await self.memory()).engines[0]
         sizes = {pool["name"]: pool["block_size"] for pool in figures["pools"]}
-        # With one kind of head there is one pool, and the other's size counts for nothing.
+        # With one kind of head there is one pool, and the other's size does not matter.
         one = next(iter(sizes.values()))
         blocks = PoolSizes(sizes.get("retrieval", one), sizes.get("local", one))
         dtype = getattr(torch, figures["dtype"])
@@ -288,7 +288,7 @@ Form = Literal["application/json", "image/png"]
 
 
 def preferred_form(accept: str) -> Form | None:
-    """The form that an `Accept` header likes best; JSON of two that it likes alike."""
+    """The form that an `Accept` header prefers; JSON if it prefers neither."""
     wishes = [_wish(part) for part in accept.split(",") if part.strip()]
     best: Form | None = None
     best_quality = 0.0
@@ -304,7 +304,7 @@ def preferred_form(accept: str) -> Form | None:
 
 
 def _wish(part: str) -> tuple[str, float]:
-    """Media range and quality of one element; a quality that is no number counts as 0."""
+    """Media range and quality of one element; a quality that is not a number counts as 0."""
     name, *parameters = (piece.strip().lower() for piece in part.split(";"))
     for parameter in parameters:
         key, _, value = parameter.partition("=")
