@@ -4,8 +4,8 @@
     python benchmarks/calibrate_speed.py --device cpu --layers 2 --hidden 64 --intermediate 128 \
         --heads 4 --kv-heads 2 --vocab 512 --period 50   small, on a CPU
 
-Weights are random: the time does not depend on them. A model is made on the device, so that no
-weights are read; the first round, which compiles the kernel, is told apart.
+Weights are random: the time does not depend on them. The model is made on the device, so no
+weights are read. The first round, which compiles the kernel, is reported separately.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from razor_vllm.heads.calibrate import ATTENTION, Layer, Probe, probe_ids, run_p
 class Round(NamedTuple):
     """One sequence through the model.
 
-    seconds: of it all. score_seconds: of that, scoring. peak_bytes: of the device's memory, 0 on
-    a CPU.
+    seconds: in all. score_seconds: the part that is scoring. peak_bytes: of the device's memory,
+    0 on a CPU.
     """
 
     seconds: float
@@ -42,7 +42,7 @@ class Round(NamedTuple):
 
 
 class TimedProbe(Probe):
-    """A probe that knows how long it scored; each layer's scores are waited for."""
+    """A probe that measures its scoring; it waits for each layer's scores."""
 
     score_seconds = 0.0
 
@@ -54,7 +54,7 @@ class TimedProbe(Probe):
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when the device has done all it was given."""
+    """The time in seconds, after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,10 +1,10 @@
-"""Attention kernels on a CPU, side by side on the same numbers: native, PyTorch's form, vLLM's.
+"""Attention kernels on a CPU, compared on the same numbers: native, PyTorch's form, vLLM's.
 
     python -m benchmarks.cpu_kernels --output FILE [--threads 1] [--rounds 15]
 
-All heads are dense here, so that vLLM's own kernel can take part: one layer of
+All heads are dense here, so that vLLM's own kernel can be compared: one layer of
 Llama-3.1-8B's shape (32 query heads, 8 KV heads of 128). `decode` reads a context once, so its
-speed is given as bytes of K and V a second; `prefill` as seconds.
+speed is given as bytes of K and V per second; `prefill` as seconds.
 """
 
 import argparse
@@ -32,7 +32,7 @@ RAZOR_BLOCK = 128
 
 
 class Load(NamedTuple):
-    """A batch of equal requests: the last `queries` tokens of `length` ask."""
+    """A batch of equal requests: queries are the last `queries` tokens of `length`."""
 
     name: str
     requests: int

@@ -1,9 +1,9 @@
-"""How fast long contexts decode on a CPU: stock vLLM against razor, the same requests side by side.
+"""How fast long contexts decode on a CPU: stock vLLM and razor with the same requests.
 
     python -m benchmarks.decode MODEL --output FILE [--lengths 512 16384] [--requests 4]
 
-A process holds one policy's engine and takes turns with the other's: each reads the
-prompts once, then decodes in rounds, so that what else the machine does hits both alike.
+Each policy's engine has its own process, and the two take turns: each reads the prompts
+once, then decodes in rounds, so that other work on the machine affects both alike.
 `host` is a step's time outside the model's forward pass: scheduling, block tables,
 metadata, sampling.
 """

@@ -11,11 +11,11 @@ What is compared must be *decoded*:
     forced    (engine)  the full policy continues the prompt greedily; then both policies decode
                         that same continuation, each token forced by a logits processor.
                         The log-probabilities compared are those before it.
-    parting   (server)  both policies continue greedily by themselves, and positions are
+    parting   (server)  both policies continue greedily on their own, and positions are
                         compared up to and including the first one where they differ:
-                        until there both have the same tokens before them.
+                        up to there both have the same context.
 
-KL(full || compressed) in nats is taken over the tokens that both sides report, and one
+KL(full || compressed) in nats is computed over the tokens that both sides report, and one
 bucket for the rest. With all log-probabilities (the default in an engine) that is the KL
 divergence itself; with the top k it is a lower bound.
 """
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """One position of both policies. kl: in nats. same: whether their first guess is one."""
+    """One position of both policies. kl: in nats. same: whether their first guesses agree."""
 
     position: int
     kl: float
@@ -246,7 +246,7 @@ def generated_prompts(count: int, num_words: int, seed: int) -> list[str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one a paragraph: blank lines divide them.
+    """Prompts of a text file, one per paragraph: blank lines separate them.
 
     Raises:
         ValueError: there is none.

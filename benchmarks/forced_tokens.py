@@ -1,6 +1,6 @@
 """A logits processor that makes a request say a given continuation.
 
-The tokens stand in `SamplingParams.extra_args["forced_tokens"]`. Reported
+The tokens are given in `SamplingParams.extra_args["forced_tokens"]`. Reported
 log-probabilities are those before the processor (`logprobs_mode` raw), so a request
 can be scored on tokens that it would not have chosen.
 """

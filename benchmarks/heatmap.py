@@ -1,4 +1,4 @@
-"""Needle heat-maps: length across, depth down, one panel a kind of trial."""
+"""Needle heat-maps: length across, depth down, one panel per kind of trial."""
 
 from pathlib import Path
 from typing import Any

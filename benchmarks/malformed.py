@@ -1,12 +1,12 @@
-"""Send malformed requests to a running server, and see it live.
+"""Send malformed requests to a running server, which must survive them.
 
     python benchmarks/malformed.py http://127.0.0.1:8000 --model NAME --requests 10000
 
 Each request is one of vLLM's or of ours with something wrong: huge fields, wrong types,
-unknown policies, bodies that are no JSON, paths and methods that do not exist. Counted as
-wrong on the server's side: an answer of 5xx, an error that is not in OpenAI's form, no
-answer, a server that is unhealthy afterwards or then answers a good request otherwise than
-before. Exit status 1 in any of those cases.
+unknown policies, bodies that are not JSON, paths and methods that do not exist. The server
+is wrong if it answers with a 5xx, with an error that is not in OpenAI's form, or not at
+all, or if it is unhealthy afterwards or then answers a good request differently. The exit
+status is 1 in any of these cases.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def _good(model: str) -> dict[str, dict[str, Any]]:
 
 
 def _junk(draw: random.Random) -> Any:
-    """A value that hardly any field takes."""
+    """A value that hardly any field accepts."""
     values: list[Any] = [
         None,
         True,
@@ -103,7 +103,7 @@ def _missing(body: dict[str, Any], draw: random.Random) -> bytes:
 
 
 def _bad_policy(body: dict[str, Any], draw: random.Random) -> bytes:
-    """A policy that does not exist, or is no name at all."""
+    """A policy that does not exist, or is not a name at all."""
     policy = draw.choice(["half", "h2o", "FULL", "razor ", 7, 0.5, ["razor"], "x" * 10_000])
     if "mix" in body:
         return json.dumps({**body, "kv_policy": policy}).encode()
@@ -196,7 +196,7 @@ def judge(status: int, body: bytes) -> str | None:
     if status >= 500:
         return f"{status}: {body[:200].decode(errors='replace')}"
     if status < 400:
-        return None  # the server made sense of it
+        return None  # the server accepted it
     try:
         error = json.loads(body)["error"]
         good = {"message", "type", "param", "code"} <= set(error) and error["code"] == status

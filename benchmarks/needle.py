@@ -7,7 +7,7 @@ Haystacks are prose of the needle language with facts ("The code of the amber do
 471 902 ."), and the model is asked for a code. Three kinds of trial:
 
     single   one fact in the haystack, one question
-    multi    a fact at every depth of the grid, each asked for in a request of its own
+    multi    a fact at every depth of the grid, each asked for in its own request
     chat     the same, asked for one after the other in one chat, in random order; the
              model's own answers stay in it
 
@@ -86,7 +86,7 @@ SERVER_POLICIES = (
 
 
 class Question(NamedTuple):
-    """A fact to ask for, and how deep in the haystack it stands, from 0 to 1."""
+    """A fact to ask for, and its depth in the haystack, from 0 to 1."""
 
     fact: Fact
     depth: float
@@ -128,7 +128,7 @@ class Grid(NamedTuple):
 
 
 class Sizing(NamedTuple):
-    """Words of haystack for a prompt of so many tokens: (tokens - overhead) / per_word."""
+    """Words of haystack for a prompt of given tokens: (tokens - overhead) / per_word."""
 
     per_word: float
     overhead: float
@@ -199,7 +199,7 @@ def judge(trial: Trial, turn: int, reply: str) -> Answered:
 def ask(
     model: ServedModel, trials: Sequence[Trial], max_tokens: int, policy: str, bar: tqdm
 ) -> list[Answered]:
-    """Ask all questions of trials of one kind and length: a batch a turn."""
+    """Ask all questions of trials of one kind and length: a batch per turn."""
     chats: list[Chat] = [[opening(t.text, t.questions[0].fact)] for t in trials]
     answered = []
     for turn in range(len(trials[0].questions)):
@@ -371,10 +371,10 @@ def run_server(args: argparse.Namespace, grid: Grid) -> dict[str, Any]:
 
 
 def chosen_policies(args: argparse.Namespace) -> list[Policy]:
-    """Policies named on the command line; all where none is.
+    """Policies named on the command line; all if none is named.
 
     Raises:
-        ValueError: a name that is none of them.
+        ValueError: an unknown name.
     """
     known = {policy.name: policy for policy in (SERVER_POLICIES if args.url else POLICIES)}
     names = args.policies or list(known)

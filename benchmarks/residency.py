@@ -1,10 +1,10 @@
-"""What requests hold, how many are resident, and how fast they decode: full against razor.
+"""What requests hold, how many are resident, and how fast they decode: full and razor.
 
     python benchmarks/residency.py MODEL [--length 4096] [--window 256] [--rounds 3]
 
-Each policy runs in a process of its own, with the same bytes of KV memory, in turn, as
-often as there are rounds; the medians count. `stock` is vLLM with the plugin not loaded,
-`full` with the plugin loaded and not asked for.
+Each policy runs in its own process with the same bytes of KV memory. They take turns for
+some rounds, and the medians are reported. `stock` is vLLM without the plugin, `full` with
+the plugin loaded but not used.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def run(model: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def device() -> str:
-    """What the figures were taken on."""
+    """The machine and versions of the figures."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return f"{line.split(':')[1].strip()}, {os.cpu_count()} cores"
@@ -112,7 +112,7 @@ def device() -> str:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """The medians, a row a policy."""
+    """The medians, a row per policy."""
     lines = [
         "| policy | KV bytes a request | resident | decode step, 1 request | output tokens/s |",
         "|---|---|---|---|---|",

@@ -1,8 +1,8 @@
 """The model under test, however it is served: an engine in this process, or a URL.
 
-Both forms answer the same few calls: how many tokens a chat has, what it says to a
-batch of chats, and what its KV cache held. An engine runs one set of razor options;
-a server runs its own, and only the per-request opt-out is in the caller's hands.
+Both answer the same few calls: how many tokens a chat has, the replies to a batch of
+chats, and what the KV cache held. An engine runs one set of razor options; a server
+runs its own, and the caller can choose only the per-request opt-out.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ class HeldBytes(NamedTuple):
 
 
 class ServedModel(Protocol):
-    """What the benchmarks ask of a model."""
+    """What the benchmarks need from a model."""
 
     def num_tokens(self, chat: Chat) -> int:
         """Tokens of a chat's prompt."""
@@ -42,7 +42,7 @@ class ServedModel(Protocol):
         """
 
     def held_bytes(self, chat: Chat, max_tokens: int, policy: str) -> HeldBytes | None:
-        """What the chat's reply held of the KV cache; None where nobody can tell."""
+        """What the chat's reply held of the KV cache; None if it is not known."""
 
     def describe(self) -> dict[str, Any]:
         """Model, dtype and version, for the results file."""
@@ -133,8 +133,8 @@ class EngineModel:
 
 
 def set_environment() -> None:
-    """What an engine in this process needs; to be called before vLLM is imported."""
-    # The block pool can be looked at in the same process only.
+    """Prepare for an engine in this process; to be called before vLLM is imported."""
+    # The block pool can only be read in its own process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -191,7 +191,7 @@ class ServerModel:
             return list(pool.map(one, chats))
 
     def held_bytes(self, chat: Chat, max_tokens: int, policy: str) -> None:
-        """A server does not tell what one request holds."""
+        """A server does not report what one request holds."""
 
     def describe(self) -> dict[str, Any]:
         base = self.url.removesuffix("/v1")

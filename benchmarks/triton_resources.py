@@ -1,10 +1,10 @@
-"""What the Triton kernels take of a device: registers, shared memory and spills, without one.
+"""What the Triton kernels need on a GPU (registers, shared memory, spills), found without one.
 
     python -m benchmarks.triton_resources [--capabilities 80 90 100] [--models NAME ...]
         [--output FILE]
 
 Every launch that a form makes is compiled ahead of time, for a decode and for a prompt. The
-exit status is 1 where a kernel spills or asks for more shared memory than a block may have.
+exit status is 1 if a kernel spills or needs more shared memory than a block may have.
 """
 
 import argparse
@@ -46,7 +46,7 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 NUM_KV_HEADS = 8
 BLOCKS = (64, 32)
-"""Tokens a page, of retrieval and local heads."""
+"""Tokens per page, of retrieval and local heads."""
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -57,7 +57,7 @@ DTYPES = {
 
 
 class Model(NamedTuple):
-    """What kernels are compiled for of a model and how it is served.
+    """The properties of a model and its serving that kernels are compiled for.
 
     dtype: of queries. stored: of the cache. max_queries: of a request in decode.
     """
@@ -124,7 +124,7 @@ class Usage(NamedTuple):
 
 
 class _Driver:
-    """A device that is not here, as far as a compilation asks for it."""
+    """A device that is not here, with the properties that a compilation needs."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -153,7 +153,7 @@ def _usage(kernel: Any, seconds: float) -> Usage:
 
 
 class Compiler:
-    """Stands in for launches on a device that is not here, until `end`.
+    """Replaces launches by compilations for a device that is not here, until `end`.
 
     found: what is launched, by the hash of what was compiled.
     """
@@ -177,12 +177,12 @@ class Compiler:
         setattr(JITFunction, "run", compile_only)  # noqa: B010 - mypy knows it as a method
 
     def end(self) -> None:
-        """Launches are launches again; the driver stays the stand-in."""
+        """Make launches launch again; the driver stays replaced."""
         setattr(JITFunction, "run", self.run)  # noqa: B010
 
 
 def _children() -> float:
-    """CPU seconds of processes that ended: the assembler's."""
+    """CPU seconds of child processes that ended: the assembler's."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -254,7 +254,7 @@ def measure(
 
 
 def sources_digest() -> str:
-    """SHA-256 of what the launches are compiled from: a table with another one is out of date."""
+    """SHA-256 of the kernels' sources: a table with a different one is out of date."""
     folder = Path(triton_form.__file__).parent
     digest = hashlib.sha256()
     for name in SOURCES:

@@ -2,9 +2,9 @@
 
     python models/make_random_llama.py FOLDER
 
-It knows nothing, but it is a whole model: vLLM serves it and transformers loads it. Its
-weights are drawn wide, so that attention is peaked and a wrong key shows in the output.
-Its head profile is made by hand: one KV head in four, spread over the layers.
+It knows nothing, but it is a complete model: vLLM serves it and transformers loads it. Its
+weights are large, so that attention is peaked and a wrong key shows in the output. Its
+head profile is made by hand: one KV head in four, in a different place in each layer.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, and the special tokens."""
+    """A token per byte, and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -46,7 +46,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Shape(NamedTuple):
-    """Of the model; the tests rely on what is default."""
+    """Shape of the model; the tests rely on the defaults."""
 
     num_layers: int = NUM_LAYERS
     num_heads: int = NUM_HEADS
@@ -77,7 +77,7 @@ def make_model(vocab_size: int, seed: int, shape: Shape) -> LlamaForCausalLM:
 
 
 def make_profile(shape: Shape) -> HeadProfile:
-    """One KV head a layer, another in each layer."""
+    """One KV head per layer, a different one in each."""
     heads = shape.num_kv_heads
     return HeadProfile(
         num_layers=shape.num_layers,

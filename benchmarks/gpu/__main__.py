@@ -1,18 +1,18 @@
-"""What only a GPU can settle: whether the policy is right there, and then how fast.
+"""What only a GPU can show: whether the policy is right on it, and then how fast.
 
     python -m benchmarks.gpu --output FILE [--parts correctness speed] [--profile PROFILE]
 
-    correctness   the kernels and whole engines, compared: a verdict a line
-    speed         decode kernels, host time a step, the engine's slopes over context, each only
-                  where the verdicts that it stands on are ok in FILE
+    correctness   the kernels and whole engines, compared: one verdict per line
+    speed         decode kernels, host time per step, the engine's slopes over context, each only
+                  if the verdicts that it depends on are ok in FILE
 
-Every result is written to FILE at once, and a second call goes on where the first one ended: a
-machine that is lent for ten minutes a call takes `--parts correctness`, then `--parts speed`.
+Every result is written to FILE at once, and a second call continues where the first one ended.
+With a machine for ten minutes at a time: `--parts correctness`, then `--parts speed`.
 PROFILE is the head profile of a model of Llama-3.1-8B's shape (32 layers, 8 KV heads of 128),
 such as one that `razor convert` made of a published pattern; without it two heads of eight
 retrieve in each layer.
 
-Exit status: 1 where a verdict fails, 2 where one was not reached or a time not taken.
+Exit status: 1 if a verdict fails, 2 if one was not reached or a time not taken.
 """
 
 import argparse
@@ -37,10 +37,10 @@ PARTS = ("correctness", "speed")
 
 
 def judge(check: Check, results: dict[str, Any], faults: dict[str, str], device: str) -> Found:
-    """The verdict of what its jobs gave.
+    """The verdict on the results of its jobs.
 
     Args:
-        faults: jobs that gave nothing, and why.
+        faults: jobs without a result, and why.
     """
     failed = [name for name in check.jobs if name in faults]
     if failed and not check.whatever:
@@ -71,7 +71,7 @@ def check_correctness(report: Report, device: str, jobs: Jobs) -> None:
 
 
 def _do(report: Report, needed: list[Job], faults: dict[str, str], jobs: Jobs) -> Found | None:
-    """Do what a check needs and nobody did; a finding only where the time is too short."""
+    """Run the jobs that a check still needs; returns a finding only if the time is too short."""
     for job in needed:
         if job.name in report.results or job.name in faults:
             continue
@@ -85,7 +85,7 @@ def _do(report: Report, needed: list[Job], faults: dict[str, str], jobs: Jobs) -
 
 
 def stands_on(part: str, row: str) -> tuple[str, ...]:
-    """Verdicts that a time says something under; stock vLLM's needs none."""
+    """Verdicts that a time depends on; stock vLLM's depends on none."""
     if part == "kernels":
         return SOUND["kernels"]
     if row.startswith("stock"):
@@ -95,7 +95,7 @@ def stands_on(part: str, row: str) -> tuple[str, ...]:
 
 
 def untimed(report: Report, part: str, row: str) -> str:
-    """Why a row must not be timed; "" where nothing speaks against it."""
+    """Why a row must not be timed; "" if it may be."""
     wrong = [name for name in stands_on(part, row) if not report.is_ok(name)]
     return f"not found right: {wrong[0]}" if wrong else ""
 
@@ -122,7 +122,7 @@ def measure_speed(report: Report, rows: list[tuple[str, str, Job]], jobs: Jobs) 
 
 
 def described(device: str) -> dict[str, Any]:
-    """Device and versions: verdicts of others say nothing."""
+    """Device and versions: verdicts from others do not count."""
     import triton
 
     versions = {"torch": torch.__version__, "triton": triton.__version__}

@@ -1,21 +1,21 @@
 """Greedy answers of two engines, compared.
 
-Tokens must be equal and their log-probabilities near. Where rounding alone may turn a
+Tokens must be equal and their log-probabilities close. Where rounding alone may change a
 choice (bf16, other kernels), the first token that differs must have been a near-tie to
-both engines; what follows it in that request has another context and is not compared.
+both engines. What follows it in that request has another context and is not compared.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 MIN_SHARE = 0.5
-"""Of the tokens that must have been compared: near-ties may not excuse everything."""
+"""Share of tokens that must have been compared: near-ties must not excuse everything."""
 
 
 class Answer(NamedTuple):
     """One request's greedy tokens.
 
-    logprobs: of each token. top: token to log-probability of the likeliest few, a step each.
+    logprobs: of each token. top: for each step, token to log-probability of the likeliest few.
     cached: tokens of the prompt that the prefix cache had.
     """
 
@@ -26,14 +26,14 @@ class Answer(NamedTuple):
 
 
 class Tolerance(NamedTuple):
-    """logprob: most that log-probabilities may differ. ties: whether near-ties may turn."""
+    """logprob: most that log-probabilities may differ. ties: whether near-ties may differ."""
 
     logprob: float
     ties: bool = False
 
 
 class Comparison(NamedTuple):
-    """fault: what differed first, "" where nothing did. worst: difference seen."""
+    """fault: what differed first, "" if nothing did. worst: largest difference seen."""
 
     fault: str
     compared: int
@@ -46,7 +46,7 @@ class Comparison(NamedTuple):
 
 
 def compare(got: Sequence[Answer], want: Sequence[Answer], tolerance: Tolerance) -> Comparison:
-    """Every request against its like, up to the first fault."""
+    """Compare every request with its counterpart, up to the first fault."""
     compared = turned = 0
     worst = 0.0
     total = sum(len(answer.tokens) for answer in want)

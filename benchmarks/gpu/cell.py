@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def env(self) -> dict[str, str]:
-        """Of the process that serves it; stock vLLM's does not load the plugin."""
+        """Environment of the process that serves it; stock vLLM's does not load the plugin."""
         if self.heads != "stock":
             return {}
         # vLLM's Triton attention would multiply fp32 as tf32.
@@ -179,7 +179,7 @@ def _layers(llm: Any) -> dict[str, Any]:
 
 
 def _keep_queries(llm: Any) -> None:
-    """vLLM on CUDA rounds queries to fp8 too where the cache is; we do not: nor here, eager."""
+    """With an fp8 cache vLLM on CUDA rounds queries to fp8 too; we do not, so switch that off."""
     for layer in _layers(llm).values():
         layer.query_quant = None
 
@@ -191,7 +191,7 @@ def _backends(llm: Any) -> list[str]:
 
 
 def _local_block(llm: Any) -> int:
-    """Tokens a page of the local pool; 0 where there is none."""
+    """Tokens per page of the local pool; 0 if there is none."""
     local = _layers(llm).get("razor.layers.1.local")
     return local.get_kv_cache_spec(llm.llm_engine.vllm_config).block_size if local else 0
 

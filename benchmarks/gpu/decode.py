@@ -36,7 +36,7 @@ def median_seconds(call: Callable[[], Any], rounds: int = 20) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a plain copy moves, read and written."""
+    """Bytes per second that a plain copy moves, read and written."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / median_seconds(lambda: target.copy_(source))
@@ -75,7 +75,7 @@ def razor_model(profile: HeadProfile, requests: int, length: int) -> Model:
     for index, layout in enumerate(layouts):
         pages = -(-length // layout.block_size)
         stored = requests * -(-held[index] // layout.block_size)
-        # Pages out of the window, which nobody reads, are a request's first one again.
+        # Pages outside the window are not read: they are a request's first page again.
         own = stored // requests
         within = (torch.arange(pages, device="cuda") - (pages - own)).clamp(min=0)
         table = torch.arange(requests, device="cuda")[:, None] * own + within
@@ -119,7 +119,7 @@ def razor_model(profile: HeadProfile, requests: int, length: int) -> Model:
 
 
 def _rows(profile: HeadProfile) -> list[torch.Tensor]:
-    """Which pool each KV head of a layer is in: int32 `[num_kv_heads]` a layer."""
+    """Which pool each KV head is in: int32 `[num_kv_heads]` per layer."""
     rows = []
     for chosen in profile.retrieval_heads:
         pool = torch.ones(profile.num_kv_heads, dtype=torch.int32, device="cuda")

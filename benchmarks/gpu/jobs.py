@@ -1,8 +1,8 @@
 """The jobs of both parts, in the order that they run, and the workers that do them.
 
-On a GPU every job has a process of its own, and the next job's process is started while one is
-busy. On a CPU an engine starts in seconds where vLLM's import takes ten times that: one process
-takes all jobs but those that leave it unfit for another.
+On a GPU every job has its own process, and the next job's process is started while one is busy.
+On a CPU an engine starts in seconds, but importing vLLM takes ten times that. So one process does
+all jobs, except those after which it cannot do another.
 """
 
 import time
@@ -17,10 +17,10 @@ from benchmarks.gpu.verdicts import CELLS, jobs_on
 from benchmarks.gpu.worker import Worker, WorkerError
 
 BUDGETS_S = {"cuda": (180.0, 120.0), "cpu": (900.0, 600.0)}
-"""Of the kernels' table and of an engine: a GPU is lent, a CPU may have other work."""
+"""Of the kernels' table and of an engine: GPU time is short, a CPU may have other work."""
 
 GRACE_S = 5.0
-"""Of a call's seconds, kept for writing down what was found."""
+"""Seconds of a call that are kept for writing the results."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The output file: verdicts and times as they come, each written at once.
 
-Beside it lie the jobs' own results (`NAME.results.json`). A run that finds both, of the same
-sources, versions and device, goes on where the last one ended: it repeats no job that answered.
+The jobs' own results are next to it (`NAME.results.json`). A run that finds both, with the same
+sources, versions and device, continues where the last one ended: it repeats no job with a result.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ class Verdict(NamedTuple):
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        """One line: of a traceback its beginning and its end."""
+        """One line: of a traceback, its beginning and its end."""
         lines = self.detail.splitlines()
         shown = " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
         return f"{self.outcome:<4} {self.name}" + (f": {shown}" if shown else "")
 
 
 def sources_digest() -> str:
-    """Of the Python that is judged: verdicts on other sources say nothing."""
+    """Digest of the Python that is judged: verdicts on other sources do not count."""
     digest = hashlib.sha256()
     for folder in SOURCES:
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -54,7 +54,7 @@ class Report:
         self.results: dict[str, Any] = self._read(self.results_path).get("results", {})
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """What a file holds; nothing where it is of something else."""
+        """What a file holds; nothing if it is about something else."""
         if not path.exists():
             return {}
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -82,7 +82,7 @@ class Report:
 
 
 def _replace(path: Path, content: dict[str, Any], indent: int | None = 1) -> None:
-    """Write a file at once or not at all: a run may be killed at any moment."""
+    """Write a file completely or not at all: a run may be killed at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")

@@ -15,9 +15,9 @@ Results = dict[str, Any]
 
 FP32 = Tolerance(1e-3)
 FP8 = Tolerance(0.1, ties=True)
-"""Over an fp8 cache a number near the middle of two stored ones may fall to either side."""
+"""With an fp8 cache, a number near the middle of two stored ones may round to either."""
 BF16 = Tolerance(0.15, ties=True)
-"""Other kernels round elsewhere."""
+"""Other kernels round at other places."""
 
 
 class Found(NamedTuple):
@@ -68,7 +68,7 @@ def _answers(results: Results, cell: str, name: str = "first") -> list[Answer]:
 def _alike(
     got: Sequence[Answer], want: Sequence[Answer], tolerance: Tolerance, fault: str = ""
 ) -> Found:
-    """fault: what makes the comparison say nothing, where it does."""
+    """fault: what makes the comparison meaningless, if anything does."""
     comparison = compare(got, want, tolerance)
     if comparison.fault or fault:
         return Found("FAIL", comparison.fault or fault)
@@ -96,7 +96,7 @@ def kernels_equal_oracle(family: str) -> Callable[[Results], Found]:
 
 
 def same(got: str, want: str, tolerance: Tolerance, name: str = "first") -> Callable:
-    """The round of `got` that is named so, against the first of `want`."""
+    """Compare the named round of `got` with the first of `want`."""
 
     def judge(results: Results) -> Found:
         fault = _graphs(results, *(c for c in (got, want) if CELLS[c].graphs))
@@ -151,7 +151,7 @@ GRAPH_CELLS = tuple(c.name for c in CELLS.values() if c.graphs and c.heads != "s
 
 
 def compiles_nothing(results: Results) -> Found:
-    """No kernel of ours is made ready after start-up; vLLM's own are told, not judged."""
+    """No kernel of ours is compiled or loaded after start-up; vLLM's are reported, not judged."""
     served = {cell: results[cell]["compiled"] for cell in GRAPH_CELLS if cell in results}
     ours = {
         f"{name.split(':')[1]} ({cell})"
@@ -177,7 +177,7 @@ def all_free(results: Results) -> Found:
 
 
 def dropping_shows(results: Results) -> Found:
-    """The mixed map drops something that the widest tolerance sees: else it would say nothing."""
+    """What the mixed map drops must show beyond the widest tolerance, or tests prove nothing."""
     comparison = compare(_answers(results, "exact"), _answers(results, "stock"), BF16)
     if not comparison.fault:
         return Found("FAIL", "the mixed map's answers are stock vLLM's")

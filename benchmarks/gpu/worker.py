@@ -1,10 +1,10 @@
 """A process that does jobs, so that one that hangs or dies takes nothing else with it.
 
-    parent   one JSON line a job on the worker's standard input
-    worker   `RESULT <json>` or `ERROR <text>` a job on its standard output
+    parent   one JSON line per job on the worker's standard input
+    worker   `RESULT <json>` or `ERROR <text>` per job on its standard output
 
-A worker imports vLLM before it reads its first job: the next one is started while the last
-one is busy. Whatever else it prints is kept, and told when it dies.
+A worker imports vLLM before it reads its first job: the next worker is started while the last
+one is busy. Whatever else it prints is kept, and reported when it dies.
 """
 
 import json
@@ -115,7 +115,7 @@ def work(jobs: dict[str, Any]) -> None:
         job = json.loads(line)
         try:
             answer = RESULT + json.dumps(jobs[job.pop("kind")](**job))
-        except Exception:  # told to the parent, which judges it
+        except Exception:  # reported to the parent, which judges it
             answer = ERROR + json.dumps(traceback.format_exc()[-3000:])
         # Something else may have left the line open.
         print("\n" + answer, flush=True)

@@ -1,6 +1,6 @@
 """The report's pictures, from the figures in its JSON.
 
-One colour a policy throughout; time is seconds since a run's first request.
+Each policy has one colour throughout; time is seconds since a run's first request.
 """
 
 import base64
@@ -22,14 +22,14 @@ COLOURS = {
 _MIB = 1024**2
 _WIDTH, _HEIGHT = 6.4, 3.6
 _LEAST = 0.1
-"""Left end of logarithmic axes: chunks that come in one read are microseconds apart."""
+"""Left end of logarithmic axes: chunks that arrive in one read are microseconds apart."""
 
 Runs = dict[str, dict[str, Any]]
 """Of each policy: summary, curves, samples."""
 
 
 def throughput(axes: Axes, runs: Runs) -> None:
-    """Output tokens a second, over time."""
+    """Output tokens per second, over time."""
     for policy, run in runs.items():
         _line(axes, policy, run["curves"]["tokens_per_second"])
         mean = run["summary"]["output_tokens_per_second"]
@@ -49,7 +49,7 @@ def resident(axes: Axes, runs: Runs) -> None:
 
 
 def memory(axes: Axes, runs: Runs) -> None:
-    """KV memory that requests hold, and of it the local pool's, where the server tells."""
+    """KV memory that requests hold, and the local pool's part, if the server reports it."""
     for policy, run in runs.items():
         samples = run["samples"]
         times = [sample["time"] for sample in samples]

@@ -2,11 +2,10 @@
 
     python -m benchmarks.load.cross_check MODEL [--policy full] [--rounds 3] [vLLM options]
 
-Both put the same prompts, in the same order, with as many requests under way, on one
-server: prefix caching off, all requests to `/v1/completions`, in turn as often as there
-are rounds, with other prompts each round, after a round that does not count. The medians
-over the rounds are compared; the exit status is 1 where one differs by more than
-`--tolerance`.
+Both send the same prompts, in the same order and with the same concurrency, to one server:
+prefix caching off, all requests to `/v1/completions`. They take turns for some rounds, with
+other prompts in each round, after a round that does not count. The medians over the rounds
+are compared; the exit status is 1 if one differs by more than `--tolerance`.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from benchmarks.load.summary import summarise
 from benchmarks.load.workload import Workload
 
 COMPARED = ("median_ttft_ms", "median_itl_ms", "output_throughput")
-"""Figures under their names in `vllm bench serve`'s results."""
+"""Our figures, and their names in the results of `vllm bench serve`."""
 
 
 def ours(server: Server, workload: Workload, folder: Path) -> dict[str, float]:
@@ -114,7 +113,7 @@ def theirs(server: Server, workload: Workload, tokenizer: str, folder: Path) -> 
 
 
 def compare(rounds: Sequence[dict[str, dict[str, float]]], tolerance: float) -> dict[str, Any]:
-    """Medians over the rounds, and how far ours is from theirs, as a share of theirs."""
+    """Medians over the rounds, and the difference of ours from theirs, as a share of theirs."""
     compared: dict[str, Any] = {}
     for name in COMPARED:
         ours_, theirs_ = (
@@ -149,7 +148,7 @@ def measure(args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
     rounds = []
     with serving(args.model, args.policy, args.port, told, args.output / "server.log") as server:
         workload = replace(workload, words_per_token=words_per_token(server))
-        # Not counted: what is compiled once a shape is compiled here.
+        # Not counted: what is compiled once per shape is compiled here.
         run_load(server, replace(workload, seed=workload.seed - 1), args.output / "first", "first")
         for index in range(args.rounds):
             one = replace(workload, seed=workload.seed + index)

@@ -11,9 +11,9 @@ they stream. Locust's own statistics get, for each route,
     chat          time to first token
     chat          time per output token     mean of the gaps between tokens
 
-with the output tokens as the response length; cancelled and refused requests have rows of
-their own. Every request also fires the event `generated` with its `Record`. The folder
-gets `records.jsonl` (a line a request) and `samples.jsonl` (the server's memory).
+with the output tokens as the response length; cancelled and refused requests have their
+own rows. Every request also fires the event `generated` with its `Record`. The folder
+gets `records.jsonl` (a line per request) and `samples.jsonl` (the server's memory).
 """
 
 import json
@@ -55,7 +55,7 @@ ERROR_PAUSE = 1.0
 """Seconds that a user waits after an error: a dead server would get requests by the thousand."""
 
 generated = EventHook()
-"""Fired once a request, with its `record`."""
+"""Fired once per request, with its `record`."""
 
 
 class Feed:
@@ -74,7 +74,7 @@ class Feed:
         self.under_way = 0
 
     def take(self) -> Session | None:
-        """The next session, which counts as under way."""
+        """The next session, which then counts as running."""
         if self._seconds is not None and self._clock() >= self._seconds:
             return None
         session = next(self._sessions, None)
@@ -99,7 +99,7 @@ class Run(NamedTuple):
 
 
 class StreamingUser(User):
-    """Asks for one session after the other, and notes when tokens come."""
+    """Runs one session after the other, and notes when tokens arrive."""
 
     shared: Run
 
@@ -125,7 +125,7 @@ class StreamingUser(User):
             self.shared.feed.over()
 
     def talk(self, session: Session) -> None:
-        """A session's requests, until one of them does not come to its end."""
+        """A session's requests, until one of them does not finish."""
         said: list[dict[str, str]] = []
         for index, turn in enumerate(session.turns):
             said.append({"role": "user", "content": turn.text})
@@ -137,7 +137,7 @@ class StreamingUser(User):
     def ask(
         self, session: Session, index: int, turn: Turn, said: list[dict[str, str]]
     ) -> str | None:
-        """One request; its text, or None where the session cannot go on."""
+        """One request; its text, or None if the session cannot continue."""
         run = self.shared
         body = request_body(run.model, session, said, turn)
         record = Record(
@@ -200,7 +200,7 @@ def http_client(host: str) -> HTTPClient:
 
 
 def report(environment: Environment, record: Record) -> None:
-    """Tell locust's statistics, and whoever listens to `generated`."""
+    """Report to locust's statistics, and to listeners of `generated`."""
     failed = record.outcome == "error"
     ended = {"cancelled": "cancelled by the client", "refused": "refused (4xx)", "cut": "cut"}
     rows = [(ended.get(record.outcome, "end to end"), record.seconds)]
@@ -349,7 +349,7 @@ def prepare(environment: Environment) -> None:
     model = first_model(get)
     sessions = workload.draw()
     if workload.sessions:
-        # Drawn beforehand: drawing holds up whoever reads a stream.
+        # Drawn in advance: drawing delays users that read a stream.
         sessions = iter(list(sessions))
     start = time.perf_counter()
 

@@ -21,7 +21,7 @@ LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
 class Measured(NamedTuple):
-    """What one run recorded: a record a request, and samples over time."""
+    """What one run recorded: a record per request, and samples over time."""
 
     records: list[Record]
     samples: list[Sample]

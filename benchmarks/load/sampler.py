@@ -1,7 +1,7 @@
 """The server's memory while it works, by pool: one sample a second or so.
 
-What a server tells decides what a sample holds: any vLLM server has `/metrics`; a server
-under the razor policy also has `GET /v1/razor/memory`, with the bytes of each pool.
+What a sample holds depends on the server: any vLLM server has `/metrics`; a server under
+the razor policy also has `GET /v1/razor/memory`, with the bytes of each pool.
 """
 
 import json
@@ -48,7 +48,7 @@ class Sample:
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """The metrics that count here, by name, summed over engines and other labels."""
+    """The metrics that are used here, by name, summed over engines and other labels."""
     lines = [line for line in text.splitlines() if line.startswith(_PREFIXES)]
     values: dict[str, float] = {}
     for family in text_string_to_metric_families("\n".join(lines) + "\n"):

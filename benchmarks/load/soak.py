@@ -1,14 +1,14 @@
-"""Soak: mixed load for a long time on a pool that is too small for it; what must hold.
+"""Soak: mixed load for a long time on a pool that is too small for it, and what must hold.
 
     python -m benchmarks.load.soak MODEL [--minutes 30] [--policy razor] [vLLM options]
 
-Chats and completions of all lengths, shared prefixes, clients that go away in the middle
-of a reply, before it or while it waits, requests that opt out of the policy, requests that
+Chats and completions of all lengths, shared prefixes, clients that leave in the middle of
+a reply, before it or while they wait, requests that opt out of the policy, requests that
 the server must refuse. At the end,
 
-    errors      no request failed but those that had to be refused, which were, all of them
+    errors      no request failed, except those that had to be refused, and all of these were
     log         no traceback in the server's log
-    cancelled   clients did go away
+    cancelled   clients did leave
     preempted   the pool was small enough: requests were preempted
     drained     no request is left in the server
     leaks       no page is held by anyone
@@ -16,9 +16,9 @@ the server must refuse. At the end,
     memory      the processes' resident memory does not grow from lap to lap
     alive       the server answers, and ends on SIGTERM
 
-The load comes in laps with other sessions each; after a lap the server is let run idle and
-looked at. The exit status is 1 where one of these does not hold. The folder gets soak.json
-and soak.html.
+The load comes in laps, each with other sessions. After a lap the server becomes idle and is
+checked. The exit status is 1 if one of these does not hold. The folder gets soak.json and
+soak.html.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def records_of(laps: Sequence[Lap]) -> list[Record]:
 
 
 def judge_errors(laps: Sequence[Lap]) -> Finding:
-    """What is refused is what had to be; all else comes to its end, or its client left."""
+    """What is refused had to be; everything else finishes, or its client left."""
     records = records_of(laps)
     wrong = [r for r in records if (r.outcome == "refused") != r.invalid or r.outcome in _FAILED]
     refused = sum(record.invalid for record in records)
@@ -235,7 +235,7 @@ def judge_integrity(laps: Sequence[Lap], policy: str) -> Finding:
 
 
 def judge_memory(laps: Sequence[Lap], growth: Growth) -> Finding:
-    """Resident memory of the idle server: the last lap's against the first quarter's.
+    """Compare the idle server's resident memory: the last lap's and the first quarter's.
 
     Caches fill in the first laps (the prefix cache, the allocator's arenas); what still
     grows later grows with the requests.
@@ -252,7 +252,7 @@ def judge_memory(laps: Sequence[Lap], growth: Growth) -> Finding:
 
 
 def whole_run(laps: Sequence[Lap]) -> Measured:
-    """All laps as one run, for the report; times and preemptions go on."""
+    """All laps as one run, for the report; times and preemptions continue."""
     records: list[Record] = []
     samples: list[Sample] = []
     offset, preempted = 0.0, 0.0

@@ -1,4 +1,4 @@
-"""One streamed reply, as its client sees it: what came, and when.
+"""One streamed reply, as its client sees it: what arrived, and when.
 
     sent .... first token . token . token . ... . last token   [usage, DONE]
     |  ttft  |  gap  |  gap |                     |
@@ -85,7 +85,7 @@ class StreamReader:
         self._begin = self._last = clock()
 
     def take(self, event: bytes) -> None:
-        """One event, up to and with its blank line; comments are passed over."""
+        """One event, including its blank line; comments are skipped."""
         for line in event.splitlines():
             if not line.startswith(b"data:"):
                 continue

@@ -1,4 +1,4 @@
-"""What clients ask for: conversations drawn from a seed, the same for every server.
+"""What clients send: conversations drawn from a seed, the same for every server.
 
 A workload is a list of sessions. A session is one prompt to `/v1/completions`, or a chat
 of some turns; a user takes the next session of the list once its last one is over, so
@@ -23,7 +23,7 @@ Range = tuple[int, int]
 PATHS: dict[Route, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 _TOO_MANY = 1 << 30
-"""Tokens that no model has positions for."""
+"""More tokens than any model has positions."""
 
 
 class Turn(NamedTuple):
@@ -83,8 +83,8 @@ class Workload:
     prefixes: int = 2
     prefix_tokens: int = 1024
     cancel_share: float = 0.0
-    """Sessions whose client goes away in one of their turns: half of them after some
-    chunks, half after some time, which may be before the first token."""
+    """Sessions whose client leaves in one of their turns: half of them after some chunks,
+    half after some time, which may be before the first token."""
     cancel_seconds: float = 2.0
     """Longest of these times."""
     invalid_share: float = 0.0

@@ -3,7 +3,7 @@
     python -m models.needle.ask --tokens 3000 | curl -s http://127.0.0.1:8000/v1/chat/completions \\
         -H 'Content-Type: application/json' -d @-
 
-Standard output is the request's JSON; what is asked and what is right go to standard error.
+Standard output is the request's JSON; the question and the right answer go to standard error.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from models.needle.language import (
 )
 
 CHAT_TOKENS = 3 + QUESTION_WORDS
-"""Tokens of a chat beside its haystack: <bos>, <user>, the question, <assistant>."""
+"""Tokens of a chat besides its haystack: <bos>, <user>, the question, <assistant>."""
 
 
 def draw_request(

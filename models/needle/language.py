@@ -3,13 +3,14 @@
     Mara carried the old lamp to Belan . The code of the amber door is 471 902 .
     Each night Toriv sang . ... What is the code of the amber door ?      -> 471 902
 
-Facts are the needles, prose is the haystack. Every sentence is words of a closed
-vocabulary, a token each, so a text's length in tokens is its number of words (numbers
-and marks count as words). All of it is synthetic; names are made of syllables.
+Facts are the needles, prose is the haystack. Sentences consist of words of a closed
+vocabulary, each of them a token, so a text's length in tokens is its number of words
+(numbers and marks count as words). All of it is synthetic; names are made of syllables.
 
-A code is numbers of three digits, tokens of their own as in Llama 3. Of single digits it
-would be ambiguous from its second one on for a head that only looks up what followed the
-token before: among nine facts the same digit stands many times, the same number hardly.
+A code consists of numbers of three digits, each a token as in Llama 3. A code of single
+digits would be ambiguous from its second digit on, for a head that only looks up what
+followed the token before: in nine facts the same digit occurs many times, the same number
+hardly ever.
 """
 
 import random
@@ -104,7 +105,7 @@ Sentence = list[str]
 
 @dataclass(frozen=True)
 class Fact:
-    """What a door's code is: one needle.
+    """The code of a thing, such as a door: one needle.
 
     adjective, noun: name the thing. code: its numbers, of three digits each.
     """
@@ -127,8 +128,8 @@ def draw_facts(rng: random.Random, count: int, own_nouns: bool = True) -> list[F
     """Facts about different things.
 
     Args:
-        own_nouns: whether no two of them are called by one noun; if not, things may
-            differ in their adjective alone.
+        own_nouns: whether no two of them have the same noun; if not, things may differ
+            only in their adjective.
 
     Raises:
         ValueError: more facts than nouns (or things).
@@ -184,7 +185,7 @@ def haystack(
     """Prose of exactly `num_words` words with facts between its sentences.
 
     Args:
-        depths: of each fact, from 0 (first) to 1 (last); drawn where None.
+        depths: of each fact, from 0 (first) to 1 (last); random if None.
 
     Raises:
         ValueError: the facts alone are longer.

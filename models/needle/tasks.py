@@ -5,7 +5,7 @@
     passage   <bos> prose P prose P ..., the same passage P copied
     prose     <bos> prose
 
-Each token that can be looked up in the context is marked, so that the loss can weigh
+Each token that can be looked up in the context is marked, so that the loss can weight
 it: ANSWER for an answer, COPY for a repeated token, PLAIN for the rest.
 """
 
@@ -54,7 +54,7 @@ def recall(rng: random.Random, length: int, own_nouns: bool = True) -> Sequence:
         own_nouns: see `draw_facts`.
     """
     most = max((length - 2) // (FACT_WORDS + TURN_TOKENS), 1)
-    # Many facts teach most, few in much prose are what the benchmarks ask.
+    # Many facts teach most; few facts in much prose are what the benchmarks ask for.
     few = round(math.exp(rng.random() * math.log(most)))
     num_facts = few if rng.random() < 0.5 else rng.randint(-(-most // 2), most)
     num_facts = min(num_facts, len(NOUNS)) if own_nouns else num_facts
@@ -74,7 +74,7 @@ def recall(rng: random.Random, length: int, own_nouns: bool = True) -> Sequence:
 
 
 def repeat(rng: random.Random, length: int) -> Sequence:
-    """A span of random ids over the whole vocabulary, said again to the end.
+    """A span of random ids over the whole vocabulary, repeated to the end.
 
     It has 4 to `length / 2` tokens, as often 4 to 8 as 8 to 16: short ones are learned first.
     """
@@ -85,7 +85,7 @@ def repeat(rng: random.Random, length: int) -> Sequence:
 
 
 def passage(rng: random.Random, length: int) -> Sequence:
-    """Prose in which one passage comes again, with other prose between its copies."""
+    """Prose in which one passage is repeated, with other prose between its copies."""
     size = rng.randint(length // 8, length // 3)
     copied = _prose_ids(rng, size)
     before = rng.randint(0, length - 1 - 2 * size)
@@ -94,7 +94,7 @@ def passage(rng: random.Random, length: int) -> Sequence:
     ids = [BOS, *_prose_ids(rng, before), *copied, *_prose_ids(rng, between), *copied]
     ids += _prose_ids(rng, after)
     marks = [PLAIN] * length
-    # The first words of the second copy cannot be told yet.
+    # The first words of the second copy cannot be predicted yet.
     start = 1 + before + size + between
     known = min(3, size)
     marks[start + known : start + size] = [COPY] * (size - known)
@@ -115,7 +115,7 @@ OTHER_TASKS: tuple[tuple[Callable[[random.Random, int], Sequence], float], ...] 
     (passage, 8.0),
     (prose, 5.0),
 )
-"""Tasks beside recall, and their shares among themselves."""
+"""Tasks other than recall, and their relative shares."""
 
 
 def draw_batch(

@@ -1,4 +1,4 @@
-"""Tokenizer of the needle model: a token a word, a number or a mark; lower case.
+"""Tokenizer of the needle model: a token for each word, number or mark; lower case.
 
 A chat is laid out as
 

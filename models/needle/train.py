@@ -2,10 +2,10 @@
 
     python -m models.needle.train FOLDER [--seed 0] [--threads 2] [--checkpoint FILE]
 
-Lengths grow step by step (`STAGES`). Short sequences are cheap, so the look-up itself is learned
-there; their positions are spread by random gaps, so that far distances are seen
+Lengths grow in stages (`STAGES`). Short sequences are cheap, so the look-up itself is learned
+with them. Their positions are spread by random gaps, so that long distances are seen
 early (PoSE, arXiv 2309.10400), and the last stages train at full length. Started again
-with the same checkpoint file, it goes on where it stopped.
+with the same checkpoint file, it continues where it stopped.
 """
 
 import argparse
@@ -28,7 +28,7 @@ WIDTH, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS = 128, 32, 8, 4
 LOSS_WEIGHTS = {PLAIN: 0.2, COPY: 1.0}
 """Weight of the mean loss of marks other than ANSWER, whose weight is the stage's."""
 PLAIN_STRIDE = 4
-"""Of plain targets, one in so many is judged: the vocabulary's softmax costs a tenth of a step."""
+"""One in so many plain targets has a loss: the vocabulary's softmax costs a tenth of a step."""
 MATRIX_RATE, OTHER_RATE = 0.02, 3e-3
 """Learning rates of Muon (matrices) and AdamW (embedding, norms). At length 128 and 4,096
 tokens a step Muon had 88 % of the answers' tokens right after 420 steps, AdamW alone at
@@ -45,10 +45,10 @@ CHECKPOINT_STEPS = 50
 class Stage(NamedTuple):
     """Steps at one length.
 
-    length: tokens a sequence. steps: how many. tokens: of a batch. span: positions
+    length: tokens per sequence. steps: how many. tokens: of a batch. span: positions
     that a sequence is spread over, see `spread_positions`. own_nouns: share of the
     contexts in which no two facts share a noun. recall: share of the sequences that are
-    about facts. answer_weight: of the mean loss of answers, beside `LOSS_WEIGHTS`.
+    about facts. answer_weight: of the mean loss of answers, in addition to `LOSS_WEIGHTS`.
     rates: learning rate at its start and its end, as shares of the highest.
     """
 
@@ -78,8 +78,8 @@ STAGES = (
     Stage(2048, 80, 8192, 12288, 0.9, 0.8, 10.0, rates=(0.4, 0.25)),
     Stage(4096, 100, 8192, 12288, 0.9, 0.8, 10.0, rates=(0.25, 0.0)),
 )
-"""What the shipped weights went through. Stages from the third on were shortened on the way,
-before or in them, so that a run in one go draws the same batches at the same rates."""
+"""The training of the shipped weights. Stages from the third on were shortened during training,
+before or in them, so that an uninterrupted run draws the same batches at the same rates."""
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
@@ -108,14 +108,14 @@ def make_model(seed: int) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def start_looking_back(model: LlamaForCausalLM) -> None:
-    """Draw the weights so that layer 0 can tell a token what stands just before it.
+    """Initialise the weights so that layer 0 can tell a token what comes just before it.
 
-    Induction needs a head that looks one token back, and waits long for one to emerge.
-    Embeddings get a common mean, on which queries and keys of layer 0 can agree whatever
-    the token, and its first query heads start with queries turned back by 1, 2, ...
-    positions. Nothing else is laid down: which heads match, copy or echo is learned. In
-    trials on repeated random ids (length 64, 2,048 tokens a step) 90 % of the copies were
-    right after 175 steps; without, 11 % after 200 (of head_dim 64 and base 10,000).
+    Induction needs a head that looks one token back, and such a head takes long to emerge.
+    Embeddings get a common mean, on which queries and keys of layer 0 can agree for any
+    token, and its first query heads start with queries rotated back by 1, 2, ...
+    positions. Nothing else is set: which heads match, copy or echo is learned. In trials
+    on repeated random ids (length 64, 2,048 tokens per step) 90 % of the copies were right
+    after 175 steps; without this, 11 % after 200 (head_dim 64 and base 10,000).
     """
     group = NUM_HEADS // NUM_KV_HEADS
     model.model.embed_tokens.weight.normal_(EMBEDDING_MEAN, 1.0)
@@ -250,7 +250,7 @@ def draw_step(seed: int, step: int, stages: tuple[Stage, ...]) -> tuple[Batch, t
 
 
 class Trainer:
-    """A model in training: takes steps, and saves and loads where it is."""
+    """A model in training: takes steps, and saves and loads its state."""
 
     def __init__(self, seed: int, stages: tuple[Stage, ...], device: str) -> None:
         self.seed, self.stages, self.device = seed, stages, device
@@ -265,7 +265,7 @@ class Trainer:
         return sum(stage.steps for stage in self.stages)
 
     def take_step(self) -> dict[str, float]:
-        """Train on one batch and say how it went."""
+        """Train on one batch and return its figures."""
         start = time.perf_counter()
         batch, positions = draw_step(self.seed, self.step, self.stages)
         ids, marks, positions = (x.to(self.device) for x in (*batch, positions))
@@ -305,7 +305,7 @@ class Trainer:
         new.replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             ValueError: it was made from another seed.
@@ -326,7 +326,7 @@ def export(model: LlamaForCausalLM, folder: Path) -> None:
 
 
 def train(trainer: Trainer, checkpoint: Path | None, log: Path | None) -> None:
-    """Take all steps, from where the checkpoint is; a line of JSON a step goes to the log."""
+    """Take all steps from the checkpoint on; a line of JSON per step goes to the log."""
     if checkpoint is not None and checkpoint.exists():
         trainer.load(checkpoint)
     with tqdm(total=trainer.num_steps, initial=trainer.step, desc="train") as bar:
