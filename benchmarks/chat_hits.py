@@ -27,12 +27,17 @@ POLICIES = {
 
 
 class Load(NamedTuple):
-    """chats, turns: numbers of them. tokens: that a turn adds, the answer before it included."""
+    """chats, turns: numbers of them. tokens: that a turn adds, the answer before it included.
+
+    again: whether each turn asks anew about a text as long as a whole chat, the same in all its
+        turns, instead of going on.
+    """
 
     chats: int
     turns: int
     tokens: int
     window: int
+    again: bool = False
 
 
 def hits(model: str, job: dict[str, Any]) -> dict[str, int]:
@@ -57,6 +62,11 @@ def hits(model: str, job: dict[str, Any]) -> dict[str, int]:
     prompt_tokens = cached = 0
     for turn in range(1, load.turns + 1):
         for chat in chats:
+            if load.again:
+                long = (load.turns - 1) * load.tokens
+                chat[long:] = []
+                chat += [draw.randrange(5, 200) for _ in range(long - len(chat))]
+                chat += [draw.randrange(5, 200) for _ in range(load.tokens)]
             chat += [draw.randrange(5, 200) for _ in range(turn * load.tokens - len(chat))]
         prompts: Any = [{"prompt_token_ids": chat} for chat in chats]
         for chat, result in zip(chats, llm.generate(prompts, params, use_tqdm=False), strict=True):
@@ -97,13 +107,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=495, help="that a turn adds")
     parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--again", action="store_true", help="questions about one long text")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job is not None:
         print(json.dumps(hits(args.model, json.loads(args.job))))
         return
-    load = Load(args.chats, args.turns, args.tokens, args.window)
+    load = Load(args.chats, args.turns, args.tokens, args.window, args.again)
     rows = []
     for kv_bytes in args.kv_bytes:
         row: dict[str, Any] = {"kv_bytes": kv_bytes}

@@ -13,12 +13,21 @@ page reused, only where a miss would compute the same values:
     mode        cached                    local pages that a hit needs
     exact       pages below dense_until   all of them (its tokens are attended densely)
     windowed    all pages                 sinks, the tail page and the window
+
+In windowed mode, cached pages that the next turn of a chat would not need are evicted before
+all others.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.kv_cache_utils import (
+    BlockHashList,
+    BlockHashWithGroupId,
+    KVCacheBlock,
+    resolve_block_hashes,
+)
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
@@ -31,6 +40,14 @@ from vllm.v1.request import Request
 from razor_kernels import DENSE_FOREVER
 from razor_vllm.policy import Lookup, admitted_lookup, dense_until
 from razor_vllm.specs import LocalSpec, RetrievalSpec
+
+
+class _CachedPage(NamedTuple):
+    """page: index in its request. key: under which the block was cached when it was noted."""
+
+    page: int
+    block: KVCacheBlock
+    key: BlockHashWithGroupId
 
 
 class _RazorManager(SingleTypeKVCacheManager):
@@ -214,6 +231,8 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         self._dropped: dict[str, int] = {}
         # Position from which a request's next page is skipped; `dense_until` at first.
         self._due: dict[str, int] = {}
+        # Pages that a request dropped and its next turn may still want; windowed mode only.
+        self._wanted: dict[str, list[_CachedPage]] = {}
 
     def remove_skipped_blocks(
         self,
@@ -229,11 +248,46 @@ class LocalManager(_RazorManager, SlidingWindowManager):
             return
         window = self.kv_cache_spec.window
         kept = window.first_kept_page(processed_computed_tokens)
+        dropped = [] if self.is_exact else self._pages_before(request_id, kept)
         self._remove_blocks_in_range(request_id, window.sink_pages, kept)
+        if dropped:
+            self._evict_unwanted_first(request_id, dropped, processed_computed_tokens)
         page = processed_computed_tokens // self.block_size
         self._count_dropped(request_id, window.num_dropped(page))
         # Windows move once per page: there is nothing to do at its other positions.
         self._due[request_id] = (page + 1) * self.block_size
+
+    def _pages_before(self, request_id: str, kept: int) -> list["_CachedPage"]:
+        """Cached pages between the sinks and page `kept` that a request holds."""
+        blocks, first = self.req_to_blocks.get(request_id, []), self.kv_cache_spec.window.sink_pages
+        found = []
+        for index in range(min(kept, len(blocks)) - 1, first - 1, -1):
+            block = blocks[index]
+            if block.is_null:
+                break
+            if block.block_hash is not None:
+                found.append(_CachedPage(index, block, block.block_hash))
+        return found
+
+    def _evict_unwanted_first(
+        self, request_id: str, dropped: list["_CachedPage"], num_tokens: int
+    ) -> None:
+        """Have pages that a chat's next turn does not need evicted before those that it does.
+
+        The next turn goes on from the last place where hits end; it needs the sinks, and the
+        tail page and window of that place.
+        """
+        pages = [*dropped, *self._wanted.get(request_id, ())]
+        last_hit = num_tokens - num_tokens % self.scheduler_block_size
+        first = self.kv_cache_spec.window.first_kept_page(last_hit)
+        queue = self.block_pool.free_block_queue
+        for noted in pages:
+            # Another request may hold it by now, or have filled it anew.
+            idle = noted.block.ref_cnt == 0 and noted.block.block_hash == noted.key
+            if noted.page < first and idle:
+                queue.remove(noted.block)
+                queue.prepend_n([noted.block])
+        self._wanted[request_id] = [noted for noted in pages if noted.page >= first]
 
     def _count_dropped(self, request_id: str, dropped: int) -> None:
         """Count the tokens that went from a request's window into its compensation slot."""
@@ -244,6 +298,7 @@ class LocalManager(_RazorManager, SlidingWindowManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._dropped.pop(request_id, None)
         self._due.pop(request_id, None)
+        self._wanted.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def add_local_computed_blocks(
