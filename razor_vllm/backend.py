@@ -193,6 +193,7 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM's hook after loading: the first layer that gets it attaches the pools."""
+        self.layer = None  # scales may have been loaded anew
         compat.install_worker_patches(self.vllm_config.use_v2_model_runner)
         attach(self.vllm_config)
 

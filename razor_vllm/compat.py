@@ -58,6 +58,12 @@ from razor_vllm.policy import (
 from razor_vllm.report import check_attached, log_report
 from razor_vllm.support import check_engine
 
+_BACKENDS = {
+    AttentionBackendEnum.CPU_ATTN: "razor_vllm.selection.CPUBackend",
+    AttentionBackendEnum.CUSTOM: "razor_vllm.backend.RazorAttentionBackend",
+}
+"""Names under which vLLM finds our backend: on a CPU, and elsewhere."""
+
 LONGEST_DENSE_KEY = "razor_longest_dense"
 """Key of `additional_config` in the server's process: see `tell_longest_dense`."""
 
@@ -75,8 +81,9 @@ def install() -> None:
     # An engine in its own process loads plugins while it is being made.
     if "vllm.v1.engine.core" in sys.modules:
         _wrap_engine()
-    register_backend(AttentionBackendEnum.CPU_ATTN, "razor_vllm.selection.CPUBackend")
-    register_backend(AttentionBackendEnum.CUSTOM, "razor_vllm.backend.RazorAttentionBackend")
+    for backend, path in _BACKENDS.items():
+        if not backend.is_overridden():  # else it is another plugin's, or ours already
+            register_backend(backend, path)
 
 
 # --- Front end: flags, checks, requests -----------------------------------------------
@@ -102,7 +109,9 @@ def _folding_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             # The flag wins over --additional-config.
             merged.pop(CONFIG_KEY, None)
         else:
-            merged[CONFIG_KEY] = {**merged.get(CONFIG_KEY, {}), **options}
+            given = merged.get(CONFIG_KEY, {})
+            RazorConfig.from_dict(given)
+            merged[CONFIG_KEY] = {**given, **options}
             turn_on_endpoints()
         engine_args.additional_config = merged
         # Other API servers get the namespace, and read it before plugins are loaded.
@@ -155,8 +164,15 @@ def _prepare(vllm_config: Any, config: RazorConfig) -> None:
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         CONFIG_KEY: config.to_dict(),
-        PROFILE_KEY: profile.to_dict(),
+        PROFILE_KEY: {"path": config.head_profile, "contents": profile.to_dict()},
     }
+    names = AttentionBackendEnum
+    own = names.CPU_ATTN if current_platform.is_cpu() else names.CUSTOM
+    if own.get_path() != _BACKENDS[own]:
+        raise RuntimeError(
+            f"razor: expected its own attention backend under the name {own.name}, found "
+            f"{own.get_path()}, of another plugin"
+        )
     if not current_platform.is_cpu():
         backend = vllm_config.attention_config.backend
         if backend not in (None, AttentionBackendEnum.CUSTOM):
@@ -174,7 +190,8 @@ def _prepare(vllm_config: Any, config: RazorConfig) -> None:
 
 def _with_profile(vllm_config: Any, config: RazorConfig) -> tuple[RazorConfig, HeadProfile]:
     """The options with the profile's path, and its contents: those passed on, or the file's."""
-    if PROFILE_KEY in vllm_config.additional_config:
+    passed_on = vllm_config.additional_config.get(PROFILE_KEY, {})
+    if config.head_profile is not None and passed_on.get("path") == config.head_profile:
         return config, profile_of(vllm_config.additional_config)
     model = vllm_config.model_config
     path = _profile_path(config, model.model, model.revision).absolute()
@@ -216,13 +233,15 @@ def _checking_request(original: Callable[..., Any]) -> Callable[..., Any]:
             # Its prompt grows while it runs, and with it the end of its dense part.
             raise VLLMValidationError("streamed input is not covered by --kv-policy razor")
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        prompt_len = length_from_prompt_token_ids_or_embeds(
-            request.prompt_token_ids, request.prompt_embeds
-        )
-        _refuse_badly_asked(extra, prompt_len, additional.get(LONGEST_DENSE_KEY))
+        _refuse_badly_asked(extra, _prompt_len(request), additional.get(LONGEST_DENSE_KEY))
         return request
 
     return process_inputs
+
+
+def _prompt_len(request: Any) -> int:
+    """Tokens of the prompt of a request, as engines and workers get it."""
+    return length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
 
 
 def _refuse_badly_asked(
@@ -310,14 +329,13 @@ def _letting_in(original: Callable[..., Any]) -> Callable[..., Any]:
         if config is None:
             return original(self, request)
         if request.resumable:
-            raise ValueError("streamed input is not covered by --kv-policy razor")
+            raise VLLMValidationError("streamed input is not covered by --kv-policy razor")
         extra = request.sampling_params.extra_args if request.sampling_params else None
-        admission.check_request(extra)
+        longest = core_memory.watch_of(self).longest_dense
+        _refuse_badly_asked(extra, _prompt_len(request), longest)
         request.cache_salt = policy_salt(config, extra, request.cache_salt)
         made, wave = original(self, request)
         if opts_out(extra):
-            longest = core_memory.watch_of(self).longest_dense
-            admission.check_request(extra, made.num_prompt_tokens, longest)
             made.max_tokens = min(made.max_tokens, longest - made.num_prompt_tokens)
         return made, wave
 
@@ -408,7 +426,6 @@ def _razor_state(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _model_state(base: type, config: RazorConfig) -> type:
     """The V2 runner's per-model state, with each request's `dense_until` in it."""
-    from vllm.utils import length_from_prompt_token_ids_or_embeds
 
     class RazorModelState(base):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -418,9 +435,7 @@ def _model_state(base: type, config: RazorConfig) -> type:
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
             sampling = new_req_data.sampling_params
-            prompt_len = length_from_prompt_token_ids_or_embeds(
-                new_req_data.prompt_token_ids, new_req_data.prompt_embeds
-            )
+            prompt_len = _prompt_len(new_req_data)
             self.razor_dense_until[new_req_data.req_id] = dense_until(
                 config, sampling.extra_args if sampling else None, prompt_len
             )

@@ -18,7 +18,7 @@ CONFIG_KEY = "razor"
 """Key of vLLM's `additional_config` that holds these options."""
 
 PROFILE_KEY = "razor_profile"
-"""Key that holds the contents of the head profile, from `HeadProfile.to_dict`."""
+"""Key that holds the head profile: its path, and its contents from `HeadProfile.to_dict`."""
 
 
 def _whole(name: str, value: object) -> None:
@@ -180,10 +180,10 @@ def profile_of(additional_config: object) -> HeadProfile:
         ValueError: contents that do not fit.
         RuntimeError: there is none, because vLLM's EngineArgs did not make the configuration.
     """
-    data = additional_config.get(PROFILE_KEY) if isinstance(additional_config, dict) else None
-    if data is None:
+    passed_on = additional_config.get(PROFILE_KEY) if isinstance(additional_config, dict) else None
+    if passed_on is None:
         raise RuntimeError(
             f"razor: expected the head profile in additional_config[{PROFILE_KEY!r}], found none; "
             "EngineArgs.create_engine_config puts it there"
         )
-    return HeadProfile.from_dict(data)
+    return HeadProfile.from_dict(passed_on["contents"])

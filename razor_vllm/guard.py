@@ -94,7 +94,10 @@ def _refusing_flags(original: Callable[..., Any], reason: str) -> Callable[..., 
         options = options_of(args)
         if options is not None and options["policy"] == "razor":
             raise _refusal(reason)
-        return original(cls, args, *more, **kwargs)
+        engine_args = original(cls, args, *more, **kwargs)
+        if options is not None and isinstance(engine_args.additional_config, dict):
+            engine_args.additional_config.pop(CONFIG_KEY, None)  # an explicit full wins
+        return engine_args
 
     return from_cli_args
 

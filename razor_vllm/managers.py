@@ -14,8 +14,8 @@ page reused, only where a miss would compute the same values:
     exact       pages below dense_until   all of them (its tokens are attended densely)
     windowed    all pages                 sinks, the tail page and the window
 
-In windowed mode, cached pages that the next turn of a chat would not need are evicted before
-all others.
+In windowed mode, once pages are evicted at all, cached pages that neither the next turn of a
+chat nor a prefix known to be shared would need go first.
 """
 
 from collections.abc import Sequence
@@ -233,6 +233,8 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         self._due: dict[str, int] = {}
         # Pages that a request dropped and its next turn may still want; windowed mode only.
         self._wanted: dict[str, list[_CachedPage]] = {}
+        # End of the prefix that a request shares with others, as far as vLLM found it cached.
+        self._junctions: dict[str, int] = {}
 
     def remove_skipped_blocks(
         self,
@@ -275,19 +277,28 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         """Have pages that a chat's next turn does not need evicted before those that it does.
 
         The next turn goes on from the last place where hits end; it needs the sinks, and the
-        tail page and window of that place.
+        tail page and window of that place. Another request may share a prefix that this one
+        shared with those before it, and needs the same of that prefix's end.
         """
         pages = [*dropped, *self._wanted.get(request_id, ())]
-        last_hit = num_tokens - num_tokens % self.scheduler_block_size
-        first = self.kv_cache_spec.window.first_kept_page(last_hit)
+        first = self._hit_pages(num_tokens).start
+        shared = self._hit_pages(self._junctions.get(request_id, 0))
         queue = self.block_pool.free_block_queue
+        # Uncached pages come first in the queue: while there is one, nothing is evicted.
+        following = queue.fake_free_list_head.next_free_block
+        evicting = following is not None and following.block_hash is not None
         for noted in pages:
             # Another request may hold it by now, or have filled it anew.
             idle = noted.block.ref_cnt == 0 and noted.block.block_hash == noted.key
-            if noted.page < first and idle:
+            if evicting and idle and noted.page < first and noted.page not in shared:
                 queue.remove(noted.block)
                 queue.prepend_n([noted.block])
         self._wanted[request_id] = [noted for noted in pages if noted.page >= first]
+
+    def _hit_pages(self, num_tokens: int) -> range:
+        """Tail page and window of the last place within `num_tokens` where a hit may end."""
+        end = num_tokens - num_tokens % self.scheduler_block_size
+        return range(self.kv_cache_spec.window.first_kept_page(end), end // self.block_size)
 
     def _count_dropped(self, request_id: str, dropped: int) -> None:
         """Count the tokens that went from a request's window into its compensation slot."""
@@ -299,7 +310,13 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         self._dropped.pop(request_id, None)
         self._due.pop(request_id, None)
         self._wanted.pop(request_id, None)
+        self._junctions.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+    def cache_blocks(self, request: Request, *args, **kwargs) -> None:
+        if request.shared_prefix_boundary and not self.is_exact:
+            self._junctions[request.request_id] = request.shared_prefix_boundary
+        super().cache_blocks(request, *args, **kwargs)
 
     def add_local_computed_blocks(
         self,

@@ -8,7 +8,6 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from razor_vllm.config import config_of
-from razor_vllm.managers import register_specs
 from razor_vllm.partition import rank_heads
 from razor_vllm.plan import MemoryPlan, PoolSizes
 from razor_vllm.specs import LocalSpec, RetrievalSpec
@@ -53,7 +52,6 @@ def check_attached(kv_cache_specs: list[dict[str, KVCacheSpec]]) -> None:
     Raises:
         RuntimeError: naming what was found.
     """
-    register_specs()
     for specs in kv_cache_specs:
         foreign = {
             name: type(spec).__name__

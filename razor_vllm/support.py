@@ -53,6 +53,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
         raise _refuse("dual-batch overlap (--enable-dbo)")
     if model.is_mm_prefix_lm or vllm_config.attention_config.use_non_causal:
         raise _refuse("attention that is not causal")
+    if cache.kv_sharing_fast_prefill:
+        raise _refuse("--kv-sharing-fast-prefill")
     if vllm_config.kv_transfer_config is not None:
         raise _refuse("a KV connector")
     speculative = vllm_config.speculative_config

@@ -6,6 +6,7 @@ Loaded by entry point (`vllm.endpoint_plugins`) if `VLLM_PLUGINS` names it, whic
 
 import argparse
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -96,8 +97,10 @@ class RazorEndpoints:
         if config is None:
             return
         service = state.razor = Service(engine_client)
-        engines = (await service.reader.read()).engines
-        compat.tell_longest_dense(vllm_config, min(e["longest_dense"] for e in engines))
+        # Where an engine is in a long step, it alone checks what the server would have.
+        with contextlib.suppress(TimeoutError):
+            engines = (await service.reader.read()).engines
+            compat.tell_longest_dense(vllm_config, min(e["longest_dense"] for e in engines))
         _watch_end(engine_client, state)
         async_llm.logger.addFilter(CleanStop(engine_client, state))
         if vllm_config.parallel_config._api_process_rank <= 0 and state.log_stats:

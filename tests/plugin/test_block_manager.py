@@ -324,6 +324,59 @@ def test_opt_out_holds_every_page() -> None:
     assert not any(block.is_null for block in blocks)
 
 
+def chat_world(num_blocks: int) -> World:
+    config = RazorConfig(window=64, prefill="windowed")
+    return World(MemoryPlan(config, HEADS, torch.float32, PoolSizes(16, 16), 16), num_blocks, True)
+
+
+def run_out(world: World, num_tokens: int) -> None:
+    """The last request, until it has so many tokens and ends."""
+    live = world.live[-1]
+    while live.request.num_computed_tokens < num_tokens:
+        world.advance(len(world.live) - 1, 9)
+    world.finish(len(world.live) - 1)
+
+
+def test_room_is_not_given_up_for_nothing() -> None:
+    """Where free pages abound, pages out of a window stay cached for who shares the prefix."""
+    world = chat_world(1000)
+    shared = [3] * 160
+    world.add([*shared, *[4] * 120], "razor")
+    run_out(world, 280)
+    blocks = world.manager.coordinator.get_blocks
+    world.add([*shared, *[5] * 100], "razor")
+    held = blocks(world.live[-1].request.request_id)[LOCAL]
+    assert sum(block.is_null for block in held) == 160 // 16 - 64 // 16 - 2
+    assert world.hits == 1
+    world.finish(0)
+
+
+def follow_up_hits(num_blocks: int, chats: int = 4, turns: int = 4) -> int:
+    """Turns that find their chat in the cache; each chat has its turn in each round."""
+    world = chat_world(num_blocks)
+    texts = [[10 + number] * 100 for number in range(chats)]
+    for turn in range(turns):
+        for text in texts:
+            world.add(list(text), "razor")
+            request = world.live[-1].request
+            run_out(world, len(text) + 10)
+            text[:] = [*request.all_token_ids, *[1 + turn] * 40]
+    return world.hits
+
+
+def test_what_a_next_turn_needs_goes_last(monkeypatch) -> None:
+    """A memory that is full: pages that no next turn needs are evicted before those that one does.
+
+    11 of the 12 follow-up turns find their chat where it would be 5 by age alone; with memory
+    for all, either finds all.
+    """
+    assert follow_up_hits(76) >= 10
+    assert follow_up_hits(130) == 12
+    monkeypatch.setattr(LocalManager, "_pages_before", lambda *_: [])
+    assert follow_up_hits(76) <= 6
+    assert follow_up_hits(130) == 12
+
+
 class CountingPool:
     """A prefix cache in which all pages but some are found; counts who asks.
 

@@ -62,7 +62,12 @@ print("RESULT " + json.dumps({
     and paths == backends(),
     "lines": lines,
     "plain": refusal(lambda: made({})),
-    "full": refusal(lambda: made({"razor": {"policy": "full"}}, "--kv-policy", "full")),
+    "full": refusal(
+        lambda: parsed(
+            "--max-model-len", "1024", "--kv-policy", "full",
+            "--additional-config", '{"razor": {"window": 64}}',
+        ).create_engine_config()
+    ),
     "flag": refusal(lambda: parsed("--kv-policy", "razor", "--razor-window", "64")),
     "config": refusal(lambda: made({"razor": {"window": 64}})),
 }))

@@ -14,6 +14,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends import registry
 
 from razor_vllm.heads.profile import read_profile
 from razor_vllm.support import check_engine, check_layers
@@ -65,6 +66,7 @@ def create(model: Path, additional_config: dict[str, Any] = RAZOR, **options: An
         ({"kv_cache_dtype": "fp8_e5m2"}, "a KV cache of fp8_e5m2"),
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"runner": "pooling"}, "a pooling model"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         (
             {
                 "kv_transfer_config": {
@@ -239,6 +241,18 @@ def test_another_attention_backend_cannot_pass_in_silence(model_dir: Path, monke
         engine(model_dir, {"window": 64}),
     ):
         pass
+
+
+def test_another_plugins_backend_is_left_alone(model_dir: Path, monkeypatch) -> None:
+    """What stands under our backend's name already stays there, and the policy is refused."""
+    from razor_vllm import compat
+
+    theirs = "their.own.Backend"
+    monkeypatch.setitem(registry._ATTN_OVERRIDES, registry.AttentionBackendEnum.CPU_ATTN, theirs)
+    compat.install()
+    assert registry.AttentionBackendEnum.CPU_ATTN.get_path() == theirs
+    with pytest.raises(RuntimeError, match="under the name CPU_ATTN, found their.own.Backend"):
+        create(model_dir)
 
 
 def test_another_series_of_vllm_is_refused(monkeypatch) -> None:
