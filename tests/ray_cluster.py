@@ -1,4 +1,7 @@
-"""A local Ray cluster that serves docker/ray-serve-cpu.yaml, as docs/scale.md has it."""
+"""A local Ray cluster that serves docker/ray-serve-cpu.yaml, as docs/scale.md has it.
+
+Only ports and a logits processor, by which a test holds a request, are the tests' own.
+"""
 
 import contextlib
 import json
@@ -18,7 +21,9 @@ from typing import Any, NamedTuple
 
 import openai
 import psutil
+import servers
 import yaml
+from held_steps import PROCESSOR
 from servers import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -80,14 +85,12 @@ class Cluster(NamedTuple):
 
 def _environment(folder: str) -> dict[str, str]:
     return {
-        **os.environ,
+        **servers.environment(),
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         # Loopback only, and no token in the home folder.
         "RAY_AUTH_MODE": "disabled",
         "RAY_TMPDIR": folder,
         "RAY_metrics_report_interval_ms": "1000",
-        # The tests' own engines live in their process, Ray's do not.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
 
 
@@ -106,6 +109,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _deploy(cluster: Cluster, folder: Path, environment: dict[str, str]) -> None:
     config = yaml.safe_load((ROOT / "docker/ray-serve-cpu.yaml").read_text(encoding="utf-8"))
     config["http_options"]["port"] = cluster.http
+    config["applications"][0]["args"]["engine"]["logits_processors"] = [PROCESSOR]
     file = folder / "serve.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = ["serve", "deploy", str(file), "--address", f"http://{LOCAL}:{cluster.dashboard}"]
