@@ -59,6 +59,8 @@ def serving(
     env = dict(os.environ)
     env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would overrule --kv-cache-memory-bytes
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # the engine has a process of its own
+    # A user who rests for vLLM's 5 s would send the next request as its connection is closed.
+    env.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "3600")
     if policy == "stock":
         env["VLLM_PLUGINS"] = ""
     with log.open("w", encoding="utf-8") as out:
