@@ -191,8 +191,11 @@ def _prepare(vllm_config: Any, config: RazorConfig) -> None:
 def _with_profile(vllm_config: Any, config: RazorConfig) -> tuple[RazorConfig, HeadProfile]:
     """The options with the profile's path, and its contents: those passed on, or the file's."""
     passed_on = vllm_config.additional_config.get(PROFILE_KEY, {})
-    if config.head_profile is not None and passed_on.get("path") == config.head_profile:
-        return config, profile_of(vllm_config.additional_config)
+    if config.head_profile is not None:
+        # A flag may name it by a relative path.
+        config = replace(config, head_profile=str(Path(config.head_profile).absolute()))
+        if passed_on.get("path") == config.head_profile:
+            return config, profile_of(vllm_config.additional_config)
     model = vllm_config.model_config
     path = _profile_path(config, model.model, model.revision).absolute()
     return replace(config, head_profile=str(path)), read_profile(path)

@@ -243,6 +243,19 @@ def test_another_attention_backend_cannot_pass_in_silence(model_dir: Path, monke
         pass
 
 
+def test_other_api_servers_need_no_profile_file(model_dir: Path, tmp_path, monkeypatch) -> None:
+    """They make their configuration from the same flags, when the file may be gone."""
+    monkeypatch.chdir(tmp_path)
+    path = Path(profile_file(tmp_path, [[0], [1], [], []]))
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = ["--model", str(model_dir), "--max-model-len", "1024", "--kv-policy", "razor"]
+    args = parser.parse_args([*flags, "--razor-head-profile", path.name])
+    first = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    path.unlink()
+    second = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    assert second.additional_config == first.additional_config
+
+
 def test_another_plugins_backend_is_left_alone(model_dir: Path, monkeypatch) -> None:
     """What stands under our backend's name already stays there, and the policy is refused."""
     from razor_vllm import compat
