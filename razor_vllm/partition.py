@@ -142,8 +142,9 @@ def _promote(rank: RankHeads, profile: HeadProfile, quota: int) -> RankHeads:
 
 
 def _score(profile: HeadProfile, layer: int, head: int) -> float:
-    """The induction score if there is one, else the best of the other scores."""
+    """By attribution if there is one, else by induction, else the best of the other scores."""
     scores = profile.scores
-    if "induction" in scores:
-        return scores["induction"][layer][head]
+    for name in ("attribution", "induction"):
+        if name in scores:
+            return scores[name][layer][head]
     return max((rows[layer][head] for rows in scores.values()), default=0.0)

@@ -1,25 +1,25 @@
-"""Find a model's retrieval heads: the probe, run by transformers, and the choice.
+"""Find a model's retrieval heads: models loaded by transformers, the probe, and the choice.
 
 Works on any decoder with rotary embeddings that transformers loads: queries and keys are
 read where transformers passes them to its attention function, after the rotary
 embedding, so no model is known by name. Layers with a sliding window are left out,
-because their heads cannot see far. ALiBi models need no probe: see `alibi`.
+because their heads cannot see far. ALiBi models need no probe: see `alibi`. The other way to
+choose, gradients by gates, is in `attribution`.
 """
 
 import math
 import tempfile
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
@@ -28,24 +28,18 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import is_accelerate_available
 
-from razor_kernels.scores import COPIES, repeat_scores, soft_capped
-from razor_vllm.heads import alibi
+from razor_kernels.scores import COPIES, repeat_scores
+from razor_vllm.heads import alibi, attribution
+from razor_vllm.heads.attention import causal_attention, check_attention, refuse
+from razor_vllm.heads.attribution import AttributionOptions
 from razor_vllm.heads.profile import HeadProfile
 
 ATTENTION = "razor_probe"
 """Name of the probing attention in transformers' registry."""
-
-COVERED = "decoder models with rotary embeddings, and ALiBi models of " + ", ".join(alibi.MODELS)
-_REFUSED = {
-    "s_aux": "learned attention sinks",
-    "position_bias": "a position bias",
-    "indices": "an index of keys",
-    "block_indices": "an index of keys",
-}
-"""Arguments of transformers' attention functions that change the softmax."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +75,14 @@ class ProbeOptions:
         for seed in self.seeds:
             if not 0 <= seed < 2**63:
                 raise ValueError(f"seed is {seed}; accepted are whole numbers from 0 to 2^63 - 1")
+
+    @property
+    def memory_advice(self) -> str:
+        """What was run, and what to try where it does not fit a device."""
+        return (
+            f"a probe of {1 + COPIES * self.period:,} tokens do not fit the device: try "
+            "--device-map auto, or a shorter --period"
+        )
 
 
 class Layer(NamedTuple):
@@ -130,7 +132,7 @@ class Probe:
         Raises:
             NotImplementedError: attention that the probe does not understand.
         """
-        _check_attention(module, key, value, attention_mask, kwargs)
+        check_attention(module, key, value, attention_mask, kwargs)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         window = sliding_window
         if window is not None and window >= self.max_positions:
@@ -159,81 +161,19 @@ class Probe:
                 sliding windows, or layers differ in KV heads or head size.
         """
         if sorted(self.layers) != list(range(self.num_layers)):
-            raise _refuse(
+            raise refuse(
                 f"a model of which {len(self.layers)} of {self.num_layers} layers pass through "
                 "transformers' attention interface"
             )
         full = {at: layer for at, layer in sorted(self.layers.items()) if layer is not None}
         if not full:
-            raise _refuse(
+            raise refuse(
                 "a model whose layers all have a sliding window, so that no head sees far,"
             )
         if len({(len(layer.echo), layer.head_size) for layer in full.values()}) > 1:
-            raise _refuse("a model whose layers differ in KV heads or head size")
+            raise refuse("a model whose layers differ in KV heads or head size")
         self.layers = {}
         return full
-
-
-def _refuse(found: str) -> NotImplementedError:
-    return NotImplementedError(f"razor calibrate: {found} is not covered; covered are {COVERED}")
-
-
-def _check_attention(
-    module: nn.Module,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> None:
-    """Refuse attention whose weights are not the softmax of causal scores."""
-    is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise _refuse("attention that is not causal")
-    if attention_mask is not None:
-        raise _refuse("attention with a mask of the model's own")
-    for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise _refuse(f"attention with {what}")
-    if key.shape[-1] != value.shape[-1]:
-        raise _refuse(f"attention with keys of {key.shape[-1]} and values of {value.shape[-1]}")
-
-
-def causal_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    soft_cap: float | None = None,
-    window: int | None = None,
-    tile: int = 256,
-) -> torch.Tensor:
-    """Attention with memory linear in the sequence: its matrix is never formed.
-
-    Args:
-        query: `[1, num_heads, seq_len, head_dim]`; key, value: with KV heads.
-        soft_cap: of logits. window: latest tokens that a query sees, itself included.
-        tile: queries at a time, where PyTorch has no fused form.
-
-    Returns:
-        `[1, num_heads, seq_len, head_dim]`.
-    """
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    if soft_cap is None and window is None:
-        # PyTorch's third form, MATH, would form the matrix.
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    out = torch.empty_like(query)
-    for start in range(0, query.shape[2], tile):
-        rows = torch.arange(start, min(start + tile, query.shape[2]), device=query.device)
-        begin = max(0, start - window + 1) if window is not None else 0
-        cols = torch.arange(begin, int(rows[-1]) + 1, device=query.device)
-        logits = query[:, :, rows].float() @ key[:, :, cols].float().transpose(2, 3) * scale
-        back = rows[:, None] - cols
-        unseen = (back < 0) if window is None else (back < 0) | (back >= window)
-        weights = soft_capped(logits, soft_cap).masked_fill(unseen, -torch.inf).softmax(-1)
-        out[:, :, rows] = weights.to(value.dtype) @ value[:, :, cols]
-    return out
 
 
 def probe_ids(vocab: Sequence[int], bos: int | None, period: int, seed: int) -> torch.Tensor:
@@ -322,31 +262,32 @@ def check_config(config: Any) -> None:
         NotImplementedError: naming what was found.
     """
     if config.is_encoder_decoder:
-        raise _refuse(f"a {config.model_type} model, an encoder-decoder,")
+        raise refuse(f"a {config.model_type} model, an encoder-decoder,")
     if getattr(config, "alibi", False):
-        raise _refuse(f"a {config.model_type} model with ALiBi")
+        raise refuse(f"a {config.model_type} model with ALiBi")
     if not (getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)):
-        raise _refuse(f"a {config.model_type} model, without rotary embeddings,")
+        raise refuse(f"a {config.model_type} model, without rotary embeddings,")
     kinds = set(getattr(config, "layer_types", None) or ())
     others = sorted(kinds - {"full_attention", "sliding_attention"})
     if others:
-        raise _refuse(f"a {config.model_type} model with layers of {', '.join(others)}")
+        raise refuse(f"a {config.model_type} model with layers of {', '.join(others)}")
     if getattr(config, "num_kv_shared_layers", 0):
-        raise _refuse(f"a {config.model_type} model whose layers share keys and values")
+        raise refuse(f"a {config.model_type} model whose layers share keys and values")
 
 
 def calibrate(
     model_name: str,
-    options: ProbeOptions,
+    options: ProbeOptions | AttributionOptions,
     device_map: str | dict[str, Any] | None = None,
     dtype: str = "auto",
     bound: alibi.BoundOptions = alibi.BoundOptions(),  # noqa: B008, it is frozen
     revision: str | None = None,
 ) -> HeadProfile:
-    """Choose a model's retrieval heads: by the probe, or for an ALiBi model by the bound.
+    """Choose a model's retrieval heads, or an ALiBi model's by the bound.
 
     Args:
         model_name: folder or hub name.
+        options: of the method: probe or attribution.
         device_map: as in transformers; by default all GPUs, or the CPU where there is none.
         dtype: as in transformers.
         bound: for ALiBi models, which are not run.
@@ -361,12 +302,15 @@ def calibrate(
         shape = alibi.shape_of(raw)
         if shape is not None:
             return alibi.calibrate(model_name, shape, bound, revision)
+        if isinstance(options, AttributionOptions):
+            return attribute_model(model_name, options, device_map, dtype, revision)
         return probe_model(model_name, options, device_map, dtype, revision)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{model_name} and a probe of {1 + COPIES * options.period:,} tokens do not fit the "
-            "device: try --device-map auto, or a shorter --period"
-        ) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ValueError(f"{model_name} and {options.memory_advice}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # a CPU has no error of its own for it
+            raise
+        raise ValueError(f"{model_name} and {options.memory_advice}") from error
     except UnpicklingError as error:
         raise ValueError(
             f"{model_name}: its weights are not plain tensors; nothing was run"
@@ -374,6 +318,9 @@ def calibrate(
     except (OSError, SafetensorError) as error:
         # transformers' own message, which does not always name the model.
         raise ValueError(f"{model_name}: {' '.join(str(error).split())}") from error
+    finally:
+        # An engine may start next, and needs the GPU memory that PyTorch keeps.
+        torch.cuda.empty_cache()
 
 
 def _device_map(asked: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
@@ -384,6 +331,29 @@ def _device_map(asked: str | dict[str, Any] | None) -> str | dict[str, Any] | No
     if chosen is not None and not is_accelerate_available():
         raise ValueError(f"device map {chosen} needs accelerate: pip install accelerate")
     return chosen
+
+
+@contextmanager
+def loaded(
+    model_name: str,
+    attend: Callable[..., Any],
+    device_map: str | dict[str, Any] | None,
+    dtype: str,
+    revision: str | None,
+) -> Iterator[PreTrainedModel]:
+    """A model that runs with `attend` as its attention; arguments and errors as `calibrate`."""
+    AttentionInterface.register(ATTENTION, attend)
+    # Weights that a device map puts on disk go into this folder.
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_name,
+            revision=revision,
+            attn_implementation=ATTENTION,
+            dtype=dtype,
+            device_map=device_map,
+            offload_folder=folder if device_map is not None else None,
+        ).eval()
+        yield model
 
 
 def probe_model(
@@ -402,28 +372,57 @@ def probe_model(
     vocab, bos_token = probe_vocabulary(model_name, config, revision)
     layers, heads = config.num_hidden_layers, {}
     rounds = []
-    with (
-        tqdm(total=layers * len(options.seeds), desc="layers x seeds", unit="layer") as progress,
-        # Weights that a device map puts on disk go into this folder.
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    with tqdm(total=layers * len(options.seeds), desc="layers x seeds", unit="layer") as progress:
         probe = Probe(layers, max_positions, period, progress)
-        AttentionInterface.register(ATTENTION, probe.attend)
-        model = AutoModelForCausalLM.from_pretrained(
-            model_name,
-            revision=revision,
-            attn_implementation=ATTENTION,
-            dtype=dtype,
-            device_map=device_map,
-            offload_folder=folder if device_map is not None else None,
-        ).eval()
-        for seed in options.seeds:
-            heads = run_probe(model, probe, probe_ids(vocab, bos_token, period, seed))
-            rounds.append(score_rows(heads, layers))
-        # An engine may start next, and needs the GPU memory that PyTorch keeps.
-        del model
-        torch.cuda.empty_cache()
+        with loaded(model_name, probe.attend, device_map, dtype, revision) as model:
+            for seed in options.seeds:
+                heads = run_probe(model, probe, probe_ids(vocab, bos_token, period, seed))
+                rounds.append(score_rows(heads, layers))
     return _profile(rounds, heads, options, period)
+
+
+def attribute_model(
+    model_name: str,
+    options: AttributionOptions,
+    device_map: str | dict[str, Any] | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> HeadProfile:
+    """Attribute losses to heads; arguments and errors as `calibrate`.
+
+    Raises:
+        ValueError: besides, no tokenizer, or no gradients because the model is quantised.
+    """
+    device_map = _device_map(device_map)
+    whole = AutoConfig.from_pretrained(model_name, revision=revision)
+    config = whole.get_text_config()
+    check_config(config)
+    if getattr(whole, "quantization_config", None):
+        raise ValueError(
+            f"{model_name} is quantised and gives no gradients: calibrate the model it was made "
+            "from, whose profile fits, or use --method probe"
+        )
+    max_positions = getattr(config, "max_position_embeddings", options.length)
+    if options.length > max_positions:
+        raise ValueError(
+            f"a prompt of {options.length:,} tokens is longer than the model's {max_positions:,} "
+            "positions: give a shorter --length"
+        )
+    rounds = attribution.prompts_of(_tokenizer(model_name, revision), options)
+    gated = attribution.Gated(max_positions, options.window, options.sinks)
+    with loaded(model_name, gated.attend, device_map, dtype, revision) as model:
+        found = attribution.attribute(model, gated, rounds)
+    return _attributed(found, options)
+
+
+def _tokenizer(model_name: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model_name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model_name} has no tokenizer that transformers reads, and attribution needs one; "
+            "--method probe needs none"
+        ) from error
 
 
 def probe_vocabulary(
@@ -489,3 +488,43 @@ def _profile(
         },
         sliding_layers=sliding,
     )
+
+
+def _attributed(found: attribution.Found, options: AttributionOptions) -> HeadProfile:
+    mixed = [attribution.mix(kinds) for kinds in found.rounds]
+    scores = torch.stack(mixed).mean(0)
+    choices = [attribution.choose(one, found.full_layers, options) for one in mixed]
+    num_layers, num_kv_heads = scores.shape
+    return HeadProfile(
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        head_size=found.head_size,
+        retrieval_heads=attribution.choose(scores, found.full_layers, options),
+        scores={"attribution": tuple(tuple(round(x, 6) for x in row) for row in scores.tolist())},
+        made_by={
+            "method": "attribution: gradients by gates between full attention and sinks and window",
+            "rule": options.rule,
+            "text": str(options.text) if options.text is not None else "razor_vllm's own",
+            "length": options.length,
+            "window": options.window,
+            "sinks": options.sinks,
+            "prompts": options.prompts,
+            "seeds": list(options.seeds),
+            "gates": list(attribution.GATES),
+            "weights": attribution.WEIGHTS,
+            "losses": {k: [round(x, 4) for x in row] for k, row in found.losses.items()},
+            "stability": round(stability(choices), 4),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        },
+        sliding_layers=tuple(at for at in range(num_layers) if at not in found.full_layers),
+    )
+
+
+def joined(profiles: Sequence[HeadProfile]) -> HeadProfile:
+    """One model's profiles by several methods: the last one's choice, and everyone's scores."""
+    *others, last = profiles
+    if not others:
+        return last
+    scores = {name: rows for profile in profiles for name, rows in profile.scores.items()}
+    made_by = {**last.made_by, "scores_by": [profile.made_by for profile in others]}
+    return replace(last, scores=scores, made_by=made_by)

@@ -13,10 +13,15 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from razor_serving import cpu_setup
+
+if TYPE_CHECKING:
+    from razor_vllm.heads.attribution import AttributionOptions
+    from razor_vllm.heads.calibrate import ProbeOptions
 
 _DRAIN_SECONDS = 30
 """Time that requests in flight get at SIGTERM."""
@@ -122,27 +127,67 @@ def _drain(asked: int | None, num_api_servers: int) -> list[str]:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    """Run the probe, or bound an ALiBi model's heads, and write the profile."""
+    """Run the methods, or bound an ALiBi model's heads, and write the profile."""
     from razor_vllm.heads.alibi import BoundOptions
-    from razor_vllm.heads.calibrate import ProbeOptions, calibrate
+    from razor_vllm.heads.calibrate import calibrate, joined
     from razor_vllm.heads.profile import FILE_NAME, cache_path, write_profile
+    from razor_vllm.show import curve_text
 
     is_folder = Path(args.model).is_dir()
     default = Path(args.model) / FILE_NAME if is_folder else cache_path(args.model, args.revision)
     output = _writable(args.output or default, args.force, make_folder=not args.output)
-    options = ProbeOptions(args.induction, args.echo, args.period, tuple(args.seeds))
-    bound = BoundOptions(args.window, args.epsilon)
-    profile = calibrate(args.model, options, args.device_map, args.dtype, bound, args.revision)
+    methods = _methods(args)
+    bound = BoundOptions(**_given(args, ("window", "epsilon")))
+    profile = joined(
+        [
+            calibrate(args.model, options, args.device_map, args.dtype, bound, args.revision)
+            for options in methods
+        ]
+    )
     write_profile(profile, output)
     print(f"{output}: {profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve")
     if "reach" in profile.scores:
-        print(f"ALiBi: they may see further than {args.window:,} tokens; the others cannot")
+        print(f"ALiBi: they may see further than {bound.window:,} tokens; the others cannot")
         return
     if profile.sliding_layers:
         layers = ", ".join(map(str, profile.sliding_layers))
         print(f"left out, for a sliding window of the model's own: layers {layers}")
     overlap = profile.made_by["stability"]
     print(f"choices of {len(args.seeds)} seeds overlap by {overlap:.0%}")
+    if "attribution" in profile.scores:
+        print(curve_text(profile, "attribution"))
+
+
+_METHOD_OPTIONS = {
+    "probe": ("induction", "echo", "period"),
+    "attribution": ("share", "count", "mass", "text", "length", "window", "sinks", "prompts"),
+}
+"""Options of `razor calibrate` that belong to a method; None where they were not given."""
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _methods(args: argparse.Namespace) -> list["ProbeOptions | AttributionOptions"]:
+    """Options of the methods that were asked for, in order.
+
+    Raises:
+        ValueError: an option of a method that is not run.
+    """
+    from razor_vllm.heads.attribution import AttributionOptions
+    from razor_vllm.heads.calibrate import ProbeOptions
+
+    made: dict[str, type[ProbeOptions | AttributionOptions]]
+    made = {"probe": ProbeOptions, "attribution": AttributionOptions}
+    for method, names in _METHOD_OPTIONS.items():
+        others = _given(args, set(names) - {"window"}) if method not in args.method else {}
+        for name in others:
+            raise ValueError(f"--{name} belongs to --method {method}, which is not asked for")
+    return [
+        made[method](**_given(args, _METHOD_OPTIONS[method]), seeds=tuple(args.seeds))
+        for method in dict.fromkeys(args.method)
+    ]
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -263,9 +308,25 @@ def main() -> None:
     find.add_argument("--revision", help="branch, tag or commit of a hub model")
     find.add_argument("--output", type=Path, help="default: beside the weights, or the cache")
     find.add_argument("--force", action="store_true", help="overwrite the output")
-    find.add_argument("--induction", type=float, default=0.14, help="share of KV heads, by score")
-    find.add_argument("--echo", type=float, default=0.01, help="share of KV heads, on top")
-    find.add_argument("--period", type=int, default=2500, help="random tokens that are repeated")
+    find.add_argument(
+        "--method",
+        nargs="+",
+        choices=list(_METHOD_OPTIONS),
+        default=["probe"],
+        help="of several, the last one chooses; the profile has the scores of all",
+    )
+    probe = find.add_argument_group("probe")
+    probe.add_argument("--induction", type=float, help="share of KV heads by score; 0.14")
+    probe.add_argument("--echo", type=float, help="share of KV heads, on top; 0.01")
+    probe.add_argument("--period", type=int, help="random tokens that are repeated; 2500")
+    gates = find.add_argument_group("attribution")
+    gates.add_argument("--share", type=float, help="share of KV heads that are chosen")
+    gates.add_argument("--count", type=int, help="or their number")
+    gates.add_argument("--mass", type=float, help="or the share of the score that they hold; 0.98")
+    gates.add_argument("--text", type=Path, help="text that prompts are made from; one of ours")
+    gates.add_argument("--length", type=int, help="tokens of a prompt; 1024")
+    gates.add_argument("--sinks", type=int, help="first tokens that local heads keep; 4")
+    gates.add_argument("--prompts", type=int, help="sets of four prompts, a seed; 1")
     find.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     find.add_argument(
         "--device-map",
@@ -276,14 +337,11 @@ def main() -> None:
     find.add_argument(
         "--window",
         type=int,
-        default=4096,
-        help="of an ALiBi model: heads that may see further retrieve, in tokens",
+        help="of attribution: tokens that local heads keep, 128; of an ALiBi model: heads that may "
+        "see further retrieve, 4096",
     )
     find.add_argument(
-        "--epsilon",
-        type=float,
-        default=1e-3,
-        help="of an ALiBi model: attention weight that is nothing",
+        "--epsilon", type=float, help="of an ALiBi model: attention weight that is nothing; 0.001"
     )
     show = commands.add_parser("show", help="show which heads of a profile retrieve")
     show.add_argument("profile", type=Path)

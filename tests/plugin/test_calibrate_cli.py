@@ -197,6 +197,13 @@ def broken_model(folder: Path, model_dir: Path, kind: str) -> Path:
     elif kind == "short":
         text = json.loads(config.read_text(encoding="utf-8"))
         config.write_text(json.dumps({**text, "max_position_embeddings": 7}), encoding="utf-8")
+    elif kind == "quantised":
+        text = json.loads(config.read_text(encoding="utf-8"))
+        quantised = {"quant_method": "gptq", "bits": 4}
+        config.write_text(json.dumps({**text, "quantization_config": quantised}), encoding="utf-8")
+    elif kind == "no tokenizer":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (model / name).unlink()
     elif kind == "gpt2":
         shape = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
         GPT2LMHeadModel(shape).save_pretrained(model)
@@ -228,9 +235,110 @@ def test_models_that_cannot_be_probed(
 
 
 @pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("whole", "the text has 12 tokens, fewer than a prompt of 1,024: give a longer --text"),
+        ("quantised", "is quantised and gives no gradients: calibrate the model it was made from"),
+        ("no tokenizer", "has no tokenizer that transformers reads"),
+        ("short", "a prompt of 1,024 tokens is longer than the model's 7 positions"),
+        ("gpt2", "a gpt2 model, without rotary embeddings, is not covered"),
+    ],
+)
+def test_models_and_texts_that_attribution_cannot_use(
+    tmp_path, model_dir, monkeypatch, capsys, kind: str, message: str
+) -> None:
+    """The line says what would help, before weights are loaded; no profile is written."""
+    model, output = broken_model(tmp_path, model_dir, kind), tmp_path / "new.json"
+    (tmp_path / "text").write_text("Hello there.", encoding="utf-8")
+    text = ["--text", tmp_path / "text"]
+    line = refused(
+        monkeypatch,
+        capsys,
+        "calibrate",
+        model,
+        "--output",
+        output,
+        "--method",
+        "attribution",
+        *text,
+    )
+    assert message in line
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "prompts of 4,000 tokens, with gradients"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "a shorter --length"),
+    ],
+)
+def test_out_of_memory_is_one_line(
+    tmp_path, model_dir, monkeypatch, capsys, error, message
+) -> None:
+    """What does not fit, and what to try; no profile is written."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("razor_vllm.heads.attribution.loss_of", fail)
+    output = ["--output", tmp_path / "new.json"]
+    method = ["--method", "attribution", "--length", "4000"]
+    assert message in refused(monkeypatch, capsys, "calibrate", model_dir, *output, *method)
+    assert not list(tmp_path.iterdir())
+
+
+def test_both_methods_run_and_the_last_one_chooses(tmp_path, monkeypatch, capsys) -> None:
+    """The profile has everyone's scores; `show` says how far the choice goes."""
+    needle = Path(__file__).parents[2] / "models/needle/weights"
+    output = tmp_path / "new.json"
+    options = ["--period", "50", "--seeds", "0", "--length", "400", "--window", "32"]
+    both = ["--method", "probe", "attribution", "--count", "1"]
+    razor(monkeypatch, "calibrate", needle, "--output", output, *options, *both)
+    out = capsys.readouterr().out
+    assert "1 of 16 KV heads retrieve" in out
+    assert "KV heads that hold a share of the attribution score:" in out
+    profile = read_profile(output)
+    assert set(profile.scores) == {"echo", "induction", "attribution"}
+    rows = profile.scores["attribution"]
+    best = max((x, layer, head) for layer, row in enumerate(rows) for head, x in enumerate(row))
+    assert profile.retrieval_heads[best[1]] == (best[2],)
+    assert sum(map(sum, rows)) == pytest.approx(1, abs=0.3)
+    assert profile.made_by["rule"] == {"count": 1}
+    assert profile.made_by["scores_by"][0]["period"] == 50
+    razor(monkeypatch, "show", output)
+    assert (
+        f"warning: heads that hold {best[0] / sum(map(sum, rows)):.1%}" in capsys.readouterr().out
+    )
+
+
+def test_show_tells_of_windowed_prefill_what_the_scores_tell(files, monkeypatch, capsys) -> None:
+    """A probe's profile gets a note, heads that hold little a warning, enough of them nothing."""
+    said = {}
+    for name, value in (("little", 0.1), ("enough", 0.0)):
+        rows = tuple(
+            tuple(1.0 if head in chosen else value for head in range(4))
+            for chosen in PROFILE.retrieval_heads
+        )
+        held = HeadProfile(4, 4, 32, PROFILE.retrieval_heads, {"attribution": rows})
+        write_profile(held, files / f"{name}.json")
+    for name in ("good", "little", "enough"):
+        razor(monkeypatch, "show", files / f"{name}.json")
+        said[name] = capsys.readouterr().out
+    assert "note: the probe alone" in said["good"]
+    assert "warning: heads that hold 76.9% of the attribution score" in said["little"]
+    assert "warning" not in said["enough"]
+    assert "note" not in said["enough"]
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--induction", "nan"], "induction is nan"),
+        (["--mass", "0.9"], "--mass belongs to --method attribution"),
+        (["--method", "attribution", "--echo", "0.1"], "--echo belongs to --method probe"),
+        (["--method", "attribution", "--share", "0.5", "--count", "2"], "one of share, count"),
+        (["--method", "attribution", "--text", "none"], "cannot read text none"),
         (["--echo", "-0.1"], "echo is -0.1"),
         (["--induction", "0", "--echo", "0"], "both 0"),
         (["--seeds", "0", "-1"], "seed is -1"),

@@ -9,8 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from razor_kernels.scores import COPIES
-from razor_vllm.heads.calibrate import ProbeOptions, calibrate, causal_attention, probe_ids
+from razor_vllm.heads import attribution
+from razor_vllm.heads.attention import causal_attention
+from razor_vllm.heads.attribution import Gated
+from razor_vllm.heads.calibrate import ProbeOptions, calibrate, loaded, probe_ids
 from razor_vllm.heads.profile import HeadProfile
+from razor_vllm.heads.prompts import Prompt
 
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE, PERIOD, SEED = 4, 4, 2, 16, 12, 3
 SIZES = {
@@ -191,23 +195,70 @@ def test_what_the_probe_would_misread_is_refused(
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("window", [None, 1, 7, 64])
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("window", [None, 1, 7, 36, 64])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize("head_dim", [16, 80])
-def test_attention_without_a_matrix(head_dim: int, soft_cap: float | None, window) -> None:
-    """Any tile gives what whole matrices give."""
+def test_attention_without_a_matrix(
+    head_dim: int, soft_cap: float | None, window: int | None, sinks: int
+) -> None:
+    """Any tile or block gives what whole matrices give, and so does its backward pass."""
     torch.manual_seed(1)
     length = 37
-    query = torch.randn(1, 4, length, head_dim)
-    key, value = torch.randn(2, 1, 2, length, head_dim).unbind()
-    got = causal_attention(query, key, value, 0.4, soft_cap, window, tile=8)
+    query = torch.randn(1, 4, length, head_dim, requires_grad=True)
+    key, value = (x.requires_grad_() for x in torch.randn(2, 1, 2, length, head_dim).unbind())
+    got = causal_attention(query, key, value, 0.4, soft_cap, window, sinks, tile=8)
     logits = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.4
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     back = torch.arange(length)[:, None] - torch.arange(length)
-    unseen = (back < 0) | (back >= (window or length))
+    unseen = (back < 0) | ((back >= (window or length)) & (torch.arange(length) >= sinks))
     weights = logits.masked_fill(unseen, -torch.inf).softmax(-1)
-    torch.testing.assert_close(got, weights @ value.repeat_interleave(2, 1))
+    want = weights @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(x.square().sum(), (query, key, value)) for x in (got, want)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def gates_of(folder: Path, device_map: Any = None, dtype: str = "float32") -> dict:
+    """Gradients by the gates of a model, for one prompt of random tokens."""
+    ids = torch.randint(5, 250, (60,), generator=torch.Generator().manual_seed(2)).tolist()
+    gated = Gated(512, 8, 2)
+    with loaded(str(folder), gated.attend, device_map, dtype, None) as model:
+        found = attribution.attribute(model, gated, [[Prompt("text", ids, list(range(40, 60)))]])
+    return found.rounds[0]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "sliding"),
+    [
+        ("llama", {}, ()),
+        (
+            "gemma2",
+            {
+                "sliding_window": 9,
+                "layer_types": EVERY_OTHER,
+                "attn_logit_softcapping": 0.7,
+                "query_pre_attn_scalar": 5,
+            },
+            (0, 2),
+        ),
+        ("gemma3_text", {"sliding_window": 9, "layer_types": EVERY_OTHER}, (0, 2)),
+        ("phi", {**NO_HEAD_DIM, "partial_rotary_factor": 0.5}, ()),
+        ("qwen3_moe", {**MOE, "decoder_sparse_step": 1}, ()),
+        ("gpt_neox", {**NO_HEAD_DIM, "num_key_value_heads": None}, ()),
+    ],
+)
+def test_gates_of_a_family_have_gradients(
+    tmp_path: Path, model_dir: Path, model_type: str, change: dict[str, Any], sliding: tuple
+) -> None:
+    """Every KV head of a layer with full attention, and no other."""
+    scores = gates_of(save(tmp_path, model_dir, model_type, change))["text"]
+    heads = HEADS if model_type == "gpt_neox" else KV_HEADS
+    assert scores.shape == (LAYERS, heads)
+    for layer, row in enumerate(scores):
+        assert bool((row != 0).all()) == (layer not in sliding)
 
 
 @pytest.mark.parametrize(
@@ -233,4 +284,5 @@ def test_a_device_map_changes_no_score(tmp_path: Path, model_dir: Path, device_m
     options = ProbeOptions(period=PERIOD, seeds=(0, 1))
     plain = calibrate(str(folder), options)
     assert calibrate(str(folder), options, device_map) == plain
+    torch.testing.assert_close(gates_of(folder, device_map), gates_of(folder))
     assert sorted(path.name for path in folder.iterdir()) == before
