@@ -218,7 +218,7 @@ def test_attention_without_a_matrix(
     torch.testing.assert_close(got, want)
     grads = [torch.autograd.grad(x.square().sum(), (query, key, value)) for x in (got, want)]
     for mine, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=5e-4)
 
 
 def gates_of(folder: Path, device_map: Any = None, dtype: str = "float32") -> dict:
