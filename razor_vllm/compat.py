@@ -7,9 +7,11 @@ A comment at each patch says which vLLM would end it.
     SamplingParams.from_optional             a bad per-request policy: HTTP 400
     InputProcessor.process_inputs            the same for other front ends; what can never fit
     EngineCore._initialize_kv_caches         specs; stop if not attached; start-up report
-    EngineCore.preprocess_add_request        the last check of a request: see admission; salt
+    EngineCore.preprocess_add_request        the last check of a request: see admission; its
+                                             `dense_until`
     EngineCore, Scheduler                    figures for the routes: see core_memory
     KVCacheManager.get_computed_blocks       tell the managers whose prefix is looked up
+    generate_block_hash_extra_keys           `dense_until` in the keys of cached pages
     GPUModelRunner._build_attention_metadata `dense_until` of a batch (V1 runner)
     model_states.resolve_model_state_cls     `dense_until` of a batch (V2 runner)
     Attention                                layers share the first pool's cache: see pools
@@ -20,6 +22,7 @@ for an engine in the same process that did not ask for it.
 
 import argparse
 import asyncio
+import copy
 import functools
 import sys
 from collections.abc import Callable, Iterable
@@ -35,6 +38,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from razor_kernels import DENSE_FOREVER
 from razor_vllm import admission, core_memory
+from razor_vllm.admission import DenseLimits
 from razor_vllm.config import CONFIG_KEY, PROFILE_KEY, RazorConfig, config_of, profile_of
 from razor_vllm.endpoints import turn_on_endpoints
 from razor_vllm.flags import add_flags, options_of
@@ -48,15 +52,17 @@ from razor_vllm.heads.profile import (
 from razor_vllm.managers import LocalManager, RetrievalManager, register_specs
 from razor_vllm.patching import wrap
 from razor_vllm.policy import (
-    REQUEST_KEY,
+    NEVER_COMPRESSED,
+    cache_key,
+    carried,
+    carrying,
     current_lookup,
-    dense_until,
-    opts_out,
-    policy_salt,
+    dense_part,
     step_dense_until,
 )
 from razor_vllm.report import check_attached, log_report
 from razor_vllm.support import check_engine
+from razor_vllm.turns import TURN_KEY, Messages, Turn, learn_marker, turn_of
 
 _BACKENDS = {
     AttentionBackendEnum.CPU_ATTN: "razor_vllm.selection.CPUBackend",
@@ -64,8 +70,8 @@ _BACKENDS = {
 }
 """Names under which vLLM finds our backend: on a CPU, and elsewhere."""
 
-LONGEST_DENSE_KEY = "razor_longest_dense"
-"""Key of `additional_config` in the server's process: see `tell_longest_dense`."""
+DENSE_LIMITS_KEY = "razor_dense_limits"
+"""Key of `additional_config` in the server's process: see `tell_dense_limits`."""
 
 
 def install() -> None:
@@ -131,8 +137,8 @@ def _checking_config(original: Callable[..., Any]) -> Callable[..., Any]:
         selector._cached_get_attn_backend.cache_clear()
         config = config_of(vllm_config.additional_config)
         if config is not None:
-            _prepare(vllm_config, config)
             namespace = getattr(self, "razor_namespace", None)
+            _prepare(vllm_config, config, namespace)
             if namespace is not None:
                 # With what was read: other API servers need no file.
                 namespace.additional_config = vllm_config.additional_config
@@ -141,8 +147,12 @@ def _checking_config(original: Callable[..., Any]) -> Callable[..., Any]:
     return create_engine_config
 
 
-def _prepare(vllm_config: Any, config: RazorConfig) -> None:
-    """Check what can be checked before a model is loaded, and ask for our backend."""
+def _prepare(vllm_config: Any, config: RazorConfig, namespace: Any) -> None:
+    """Check what can be checked before a model is loaded, and ask for our backend.
+
+    Args:
+        namespace: of the server's command line, or None.
+    """
     from vllm import SamplingParams
     from vllm.platforms import current_platform
     from vllm.v1.engine.input_processor import InputProcessor
@@ -166,6 +176,8 @@ def _prepare(vllm_config: Any, config: RazorConfig) -> None:
         CONFIG_KEY: config.to_dict(),
         PROFILE_KEY: {"path": config.head_profile, "contents": profile.to_dict()},
     }
+    if config.prefill == "chat" and TURN_KEY not in vllm_config.additional_config:
+        vllm_config.additional_config[TURN_KEY] = _turn(model, namespace)._asdict()
     names = AttentionBackendEnum
     own = names.CPU_ATTN if current_platform.is_cpu() else names.CUSTOM
     if own.get_path() != _BACKENDS[own]:
@@ -215,6 +227,46 @@ def _profile_path(config: RazorConfig, model: str, revision: str | None) -> Path
     return path
 
 
+def _turn(model_config: Any, namespace: Any) -> Turn:
+    """What ends a chat's first turn under the server's chat template.
+
+    Args:
+        namespace: of the server's command line, or None: then the template is the tokenizer's.
+    """
+    from vllm.renderers.hf import resolve_chat_template
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is None:
+        return Turn([], _no_turns("there is no tokenizer"))
+    given = getattr(namespace, "chat_template", None)
+    if given is not None and not any(sign in given for sign in "{}\n"):
+        given = Path(given).read_text(encoding="utf-8")
+    options = dict(getattr(namespace, "default_chat_template_kwargs", None) or {})
+    if getattr(tokenizer, "is_fast", None) is not None:  # others bring their own templates
+        options["chat_template"] = resolve_chat_template(
+            tokenizer, given, None, model_config=model_config
+        )
+        if options["chat_template"] is None:
+            return Turn([], _no_turns("the model has no chat template"))
+
+    def render(messages: Messages, add_generation_prompt: bool) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+        )
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    try:
+        marker = learn_marker(render)
+    except ValueError as error:
+        return Turn([], _no_turns(str(error)))
+    return Turn(marker, f"chat prefill: {tokenizer.decode(marker)!r} ends the first turn")
+
+
+def _no_turns(reason: str) -> str:
+    return f"chat prefill: {reason}; every prompt is attended densely, as in exact mode"
+
+
 def _checking_params(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_optional(*args: Any, **kwargs: Any) -> Any:
         _refuse_badly_asked(kwargs.get("extra_args"))
@@ -236,7 +288,7 @@ def _checking_request(original: Callable[..., Any]) -> Callable[..., Any]:
             # Its prompt grows while it runs, and with it the end of its dense part.
             raise VLLMValidationError("streamed input is not covered by --kv-policy razor")
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        _refuse_badly_asked(extra, _prompt_len(request), additional.get(LONGEST_DENSE_KEY))
+        _refuse_badly_asked(extra, _prompt_len(request), additional.get(DENSE_LIMITS_KEY))
         return request
 
     return process_inputs
@@ -248,20 +300,23 @@ def _prompt_len(request: Any) -> int:
 
 
 def _refuse_badly_asked(
-    extra_args: dict[str, Any] | None, num_prompt_tokens: int = 0, longest_dense: int | None = None
+    extra_args: dict[str, Any] | None,
+    num_prompt_tokens: int | None = None,
+    limits: DenseLimits | None = None,
 ) -> None:
     """`admission.check_request`, with the error that vLLM's front ends answer with."""
     try:
-        admission.check_request(extra_args, num_prompt_tokens, longest_dense)
+        admission.check_request(extra_args, num_prompt_tokens, limits)
     except ValueError as error:
-        raise VLLMValidationError(str(error), parameter=REQUEST_KEY) from error
+        parameter = str(error).split(maxsplit=1)[0]
+        raise VLLMValidationError(str(error), parameter=parameter) from error
 
 
-def tell_longest_dense(vllm_config: VllmConfig, num_tokens: int) -> None:
+def tell_dense_limits(vllm_config: VllmConfig, limits: DenseLimits) -> None:
     """Tell the server's process what only its engines know: see `admission`."""
     vllm_config.additional_config = {
         **vllm_config.additional_config,  # type: ignore[dict-item]
-        LONGEST_DENSE_KEY: num_tokens,
+        DENSE_LIMITS_KEY: limits,
     }
 
 
@@ -303,8 +358,8 @@ def _checking_attachment(original: Callable[..., Any]) -> Callable[..., Any]:
         kv_cache_config = original(self, vllm_config)
         watch = core_memory.watch(self, vllm_config, kv_cache_config)
         # A front end in this process has the same configuration; others learn it by a call.
-        tell_longest_dense(vllm_config, watch.longest_dense)
-        log_report(watch.plan, vllm_config.model_config.max_model_len, kv_cache_config.num_blocks)
+        tell_dense_limits(vllm_config, watch.limits)
+        log_report(vllm_config, watch.plan, kv_cache_config.num_blocks)
         return kv_cache_config
 
     return _initialize_kv_caches
@@ -312,12 +367,15 @@ def _checking_attachment(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def install_engine_patches() -> None:
     """What an engine under the policy needs of vLLM's classes."""
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
     # Ends with a vLLM whose `find_longest_cache_hit` is given the request.
     wrap(KVCacheManager, "get_computed_blocks", _admitting)
+    # Ends with a vLLM that takes parts of a page's key from the request.
+    wrap(kv_cache_utils, "generate_block_hash_extra_keys", _keying)
     wrap(EngineCore, "preprocess_add_request", _letting_in)
     wrap(EngineCore, "add_request", core_memory.counting_requests)
     wrap(Scheduler, "_preempt_request", core_memory.counting_preemptions)
@@ -333,16 +391,33 @@ def _letting_in(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, request)
         if request.resumable:
             raise VLLMValidationError("streamed input is not covered by --kv-policy razor")
-        extra = request.sampling_params.extra_args if request.sampling_params else None
-        longest = core_memory.watch_of(self).longest_dense
-        _refuse_badly_asked(extra, _prompt_len(request), longest)
-        request.cache_salt = policy_salt(config, extra, request.cache_salt)
+        sampling = request.sampling_params
+        extra = sampling.extra_args if sampling else None
+        limits, prompt_len = core_memory.watch_of(self).limits, _prompt_len(request)
+        _refuse_badly_asked(extra, prompt_len, limits)
+        if sampling is not None:
+            marker = turn_of(self.vllm_config.additional_config).marker
+            part = dense_part(config, extra, request.prompt_token_ids, prompt_len, marker)
+            # A front end in this process, and other samples of the prompt, have the same object.
+            request.sampling_params = copy.copy(sampling)
+            request.sampling_params.extra_args = carrying(extra, part)
         made, wave = original(self, request)
-        if opts_out(extra):
-            made.max_tokens = min(made.max_tokens, longest - made.num_prompt_tokens)
+        if limits.bind(extra):
+            made.max_tokens = min(made.max_tokens, limits.request - made.num_prompt_tokens)
         return made, wave
 
     return preprocess_add_request
+
+
+def _keying(original: Callable[..., Any]) -> Callable[..., Any]:
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        keys, index = original(request, start_token_idx, end_token_idx, *args, **kwargs)
+        ours = cache_key(request.sampling_params, start_token_idx, end_token_idx)
+        return (keys if ours is None else (*(keys or ()), ours)), index
+
+    return generate_block_hash_extra_keys
 
 
 def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -405,11 +480,7 @@ def _building_v1(original: Callable[..., Any]) -> Callable[..., Any]:
         if config is None:
             return original(self, *args, **kwargs)
         states = [self.requests[req_id] for req_id in self.input_batch.req_ids]
-        for state in states:
-            if not hasattr(state, "razor_dense_until"):
-                extra = state.sampling_params.extra_args if state.sampling_params else None
-                state.razor_dense_until = dense_until(config, extra, state.num_prompt_tokens)
-        token = step_dense_until.set(tuple(state.razor_dense_until for state in states))
+        token = step_dense_until.set(tuple(_dense_until(s.sampling_params) for s in states))
         try:
             return original(self, *args, **kwargs)
         finally:
@@ -418,16 +489,20 @@ def _building_v1(original: Callable[..., Any]) -> Callable[..., Any]:
     return _build_attention_metadata
 
 
+def _dense_until(sampling_params: Any) -> int:
+    return (carried(sampling_params) or NEVER_COMPRESSED).until
+
+
 def _razor_state(original: Callable[..., Any]) -> Callable[..., Any]:
     def resolve_model_state_cls(vllm_config: Any, model: Any) -> type:
         base = original(vllm_config, model)
         config = config_of(vllm_config.additional_config)
-        return base if config is None else _model_state(base, config)
+        return base if config is None else _model_state(base)
 
     return resolve_model_state_cls
 
 
-def _model_state(base: type, config: RazorConfig) -> type:
+def _model_state(base: type) -> type:
     """The V2 runner's per-model state, with each request's `dense_until` in it."""
 
     class RazorModelState(base):  # type: ignore[misc, valid-type]
@@ -437,11 +512,8 @@ def _model_state(base: type, config: RazorConfig) -> type:
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            sampling = new_req_data.sampling_params
-            prompt_len = _prompt_len(new_req_data)
-            self.razor_dense_until[new_req_data.req_id] = dense_until(
-                config, sampling.extra_args if sampling else None, prompt_len
-            )
+            until = _dense_until(new_req_data.sampling_params)
+            self.razor_dense_until[new_req_data.req_id] = until
 
         def remove_request(self, req_id: str) -> None:
             super().remove_request(req_id)

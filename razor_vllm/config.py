@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from razor_vllm.heads.profile import HeadProfile
 
 KVPolicy = Literal["full", "razor"]
-PrefillMode = Literal["exact", "windowed"]
+PrefillMode = Literal["exact", "chat", "windowed"]
 
 CONFIG_KEY = "razor"
 """Key of vLLM's `additional_config` that holds these options."""
@@ -78,7 +78,8 @@ class RazorConfig:
     prefill: PrefillMode = field(
         default="exact",
         metadata=_help(
-            "exact: a prompt is attended densely (default). windowed: local heads window it too"
+            "exact: a prompt is attended densely (default). chat: the first turn of a chat is. "
+            "windowed: local heads window it all"
         ),
     )
     calibrate: bool = field(

@@ -26,6 +26,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from razor_vllm.admission import DenseLimits
 from razor_vllm.config import config_of
 from razor_vllm.integrity import Violation, check_pools
 from razor_vllm.occupancy import MAX_LISTED_REQUESTS, occupancy, request_uses
@@ -46,13 +47,13 @@ _RECENT = 256
 class Watch:
     """What is counted in one engine process.
 
-    longest_dense: tokens of the longest request that may opt out, its answer included.
+    limits: of requests that are dense, wholly or in part.
     checks, violations: integrity checks made, and those that found something. intact: result of
     the last check; None before the first. changed: whether a request has come since the last one.
     """
 
     plan: MemoryPlan
-    longest_dense: int
+    limits: DenseLimits
     requests: dict[str, int] = field(default_factory=lambda: {"full": 0, "razor": 0})
     checks: int = 0
     violations: int = 0
@@ -110,10 +111,17 @@ _preemptions: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 def watch(core: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Watch:
     """Begin to watch an EngineCore whose pools were just made."""
     plan = plan_of(vllm_config, kv_cache_config)
-    longest = plan.longest_dense(kv_cache_config.num_blocks - 1) - _lookahead(vllm_config)
-    made = Watch(plan, max(min(longest, vllm_config.model_config.max_model_len), 0))
+    made = Watch(plan, _limits(vllm_config, plan, kv_cache_config.num_blocks - 1))
     _watches[core] = made
     return made
+
+
+def _limits(vllm_config: VllmConfig, plan: MemoryPlan, num_pages: int) -> DenseLimits:
+    """What `num_pages` pages hold without compression."""
+    length = vllm_config.model_config.max_model_len
+    request = plan.longest_dense(num_pages) - _lookahead(vllm_config)
+    part = plan.longest_dense_part(num_pages, length, vllm_config.max_in_flight_tokens)
+    return DenseLimits(max(min(request, length), 0), part)
 
 
 def _lookahead(vllm_config: VllmConfig) -> int:
@@ -151,7 +159,7 @@ def razor_memory(core: Any, list_requests: bool = False) -> dict[str, Any]:
         "dtype": str(plan.dtype).removeprefix("torch."),
         "num_layers": plan.profile.num_layers,
         "full_block_size": plan.full_block_size,
-        "longest_dense": watch.longest_dense,
+        "dense_limits": list(watch.limits),
         "requests_by_policy": dict(watch.requests),
         "preemptions": _preemptions.get(scheduler, 0),
         "integrity": {

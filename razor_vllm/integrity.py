@@ -152,7 +152,7 @@ def _check_idle(pool: PoolManager) -> Iterator[Violation]:
     name = type(pool).__name__
     for request_id, table in pool.req_to_blocks.items():
         yield Violation(f"{name} holds a table of {len(table)} pages of no request", (request_id,))
-    for request_id in pool.dense_until:
+    for request_id in pool.dense_parts:
         yield Violation(f"{name} keeps the dense_until of no request", (request_id,))
 
 

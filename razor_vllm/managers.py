@@ -7,15 +7,18 @@ A local request past its dense part, with its next query in page p, holds
     first(p) - 1                       its tail is the compensation slot
     [first(p), p]                      window
 
-and the manager frees the rest; nothing is copied. A page is cached, and a cached
-page reused, only where a miss would compute the same values:
+and the manager frees the rest; nothing is copied. A cached page is reused only where a
+miss would compute the same values. `policy.cache_key` sees to that: pages up to dense_until
+are found by every request with the same tokens, those past it by requests that have the
+same dense_until as well. What a hit needs depends on where it ends:
 
-    mode        cached                    local pages that a hit needs
-    exact       pages below dense_until   all of them (its tokens are attended densely)
-    windowed    all pages                 sinks, the tail page and the window
+    end of the hit       local pages that it needs
+    below dense_until    all of them (the tokens after it are attended densely)
+    from there on        sinks, the tail page and the window
 
-In windowed mode, once pages are evicted at all, cached pages that neither the next turn of a
-chat nor a prefix known to be shared would need go first.
+Pages past dense_until are not cached where no later request will have the same (`DensePart`).
+Where they are, and once pages are evicted at all, cached pages that neither the next turn of
+a chat nor a prefix known to be shared would need go first.
 """
 
 from collections.abc import Sequence
@@ -37,8 +40,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from razor_kernels import DENSE_FOREVER
-from razor_vllm.policy import Lookup, admitted_lookup, dense_until
+from razor_vllm.policy import (
+    NEVER_COMPRESSED,
+    DensePart,
+    Lookup,
+    admitted_lookup,
+    carried,
+)
 from razor_vllm.specs import LocalSpec, RetrievalSpec
 
 
@@ -51,28 +59,22 @@ class _CachedPage(NamedTuple):
 
 
 class _RazorManager(SingleTypeKVCacheManager):
-    """What both pools' managers share: each request's `dense_until`."""
+    """What both pools' managers share: each request's dense part."""
 
     kv_cache_spec: RetrievalSpec | LocalSpec
 
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.is_exact = self.kv_cache_spec.razor.prefill == "exact"
-        self.dense_until: dict[str, int] = {}
+        self.dense_parts: dict[str, DensePart] = {}
         # For the metrics: tokens taken from the prefix cache, and tokens that left windows.
         self.prefix_cache_hit_tokens = 0
         self.dropped_tokens = 0
 
     def admit(self, request: Request) -> Lookup:
-        """Note a request's `dense_until`; called before any other method about it."""
-        sampling = request.sampling_params
-        until = dense_until(
-            self.kv_cache_spec.razor,
-            sampling.extra_args if sampling is not None else None,
-            request.num_prompt_tokens,
-        )
-        self.dense_until[request.request_id] = until
-        return Lookup(until)
+        """Note a request's dense part; called before any other method about it."""
+        part = carried(request.sampling_params) or NEVER_COMPRESSED
+        self.dense_parts[request.request_id] = part
+        return Lookup(part.until)
 
     def get_num_blocks_to_allocate(
         self,
@@ -94,12 +96,10 @@ class _RazorManager(SingleTypeKVCacheManager):
         # Called for every request in every step; most have no hit.
         if not new_computed_blocks and not apply_admission_cap:
             return max(required - held, 0)
-        cap = self.max_admission_blocks_per_request
-        # The cap holds for requests that are compressed.
-        if self.dense_until.get(request_id) == DENSE_FOREVER:
-            cap = None
-        if apply_admission_cap and cap is not None:
-            required = min(required, cap)
+        if apply_admission_cap and self.max_admission_blocks_per_request is not None:
+            until = self.dense_parts[request_id].until
+            dense = 0 if num_local_computed_tokens >= until else -(-until // self.block_size)
+            required = min(required, self.max_admission_blocks_per_request + dense)
             reused = sum(not block.is_null for block in new_computed_blocks)
         else:
             reused = len(new_computed_blocks)
@@ -127,9 +127,10 @@ class _RazorManager(SingleTypeKVCacheManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Cache full pages; in exact mode only those whose tokens were attended densely."""
-        if self.is_exact:
-            num_tokens = min(num_tokens, self.dense_until[request.request_id])
+        """Cache full pages; those past the dense part only where others may find them."""
+        part = self.dense_parts[request.request_id]
+        if not part.goes_on:
+            num_tokens = min(num_tokens, part.until)
         if num_tokens < (self.num_cached_block.get(request.request_id, 0) + 1) * self.block_size:
             return  # no page has filled, as in most steps
         SingleTypeKVCacheManager.cache_blocks(
@@ -142,7 +143,7 @@ class _RazorManager(SingleTypeKVCacheManager):
         return None
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self.dense_until.pop(request_id, None)
+        self.dense_parts.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
@@ -169,13 +170,6 @@ class _RazorManager(SingleTypeKVCacheManager):
         return tuple(list(group) for group in zip(*found, strict=True)) or tuple(
             [] for _ in kv_cache_group_ids
         ), length
-
-
-def _hit_limit(spec: RetrievalSpec | LocalSpec, max_length: int) -> int:
-    """Longest prefix, in tokens, that the current look-up's request may reuse."""
-    if spec.razor.prefill == "exact":
-        return min(max_length, admitted_lookup().dense_until)
-    return max_length
 
 
 class RetrievalManager(_RazorManager, FullAttentionManager):
@@ -213,7 +207,7 @@ class RetrievalManager(_RazorManager, FullAttentionManager):
         assert isinstance(kv_cache_spec, RetrievalSpec)
         return cls._longest_run(
             block_hashes,
-            _hit_limit(kv_cache_spec, max_length),
+            max_length,
             kv_cache_group_ids,
             block_pool,
             kv_cache_spec.block_size,
@@ -231,7 +225,7 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         self._dropped: dict[str, int] = {}
         # Position from which a request's next page is skipped; `dense_until` at first.
         self._due: dict[str, int] = {}
-        # Pages that a request dropped and its next turn may still want; windowed mode only.
+        # Pages that a request dropped and its next turn may still want, if it may have one.
         self._wanted: dict[str, list[_CachedPage]] = {}
         # End of the prefix that a request shares with others, as far as vLLM found it cached.
         self._junctions: dict[str, int] = {}
@@ -245,12 +239,13 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         """Free the pages between the sinks and the window of the next query."""
         due = self._due.get(request_id)
         if due is None:
-            due = self.dense_until.get(request_id, DENSE_FOREVER)
+            due = self.dense_parts.get(request_id, NEVER_COMPRESSED).until
         if processed_computed_tokens < due:
             return
         window = self.kv_cache_spec.window
         kept = window.first_kept_page(processed_computed_tokens)
-        dropped = [] if self.is_exact else self._pages_before(request_id, kept)
+        goes_on = self.dense_parts[request_id].goes_on
+        dropped = self._pages_before(request_id, kept) if goes_on else []
         self._remove_blocks_in_range(request_id, window.sink_pages, kept)
         if dropped:
             self._evict_unwanted_first(request_id, dropped, processed_computed_tokens)
@@ -281,8 +276,8 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         shared with those before it, and needs the same of that prefix's end.
         """
         pages = [*dropped, *self._wanted.get(request_id, ())]
-        first = self._hit_pages(num_tokens).start
-        shared = self._hit_pages(self._junctions.get(request_id, 0))
+        first = self._hit_pages(request_id, num_tokens).start
+        shared = self._hit_pages(request_id, self._junctions.get(request_id, 0))
         queue = self.block_pool.free_block_queue
         # Uncached pages come first in the queue: while there is one, nothing is evicted.
         following = queue.fake_free_list_head.next_free_block
@@ -295,10 +290,15 @@ class LocalManager(_RazorManager, SlidingWindowManager):
                 queue.prepend_n([noted.block])
         self._wanted[request_id] = [noted for noted in pages if noted.page >= first]
 
-    def _hit_pages(self, num_tokens: int) -> range:
-        """Tail page and window of the last place within `num_tokens` where a hit may end."""
+    def _hit_pages(self, request_id: str, num_tokens: int) -> range:
+        """Pages that a hit needs at the last place within `num_tokens` where one may end.
+
+        All pages before a place in the dense part; else tail page and window, and sinks.
+        """
         end = num_tokens - num_tokens % self.scheduler_block_size
-        return range(self.kv_cache_spec.window.first_kept_page(end), end // self.block_size)
+        dense = end < self.dense_parts[request_id].until
+        first = 0 if dense else self.kv_cache_spec.window.first_kept_page(end)
+        return range(first, end // self.block_size)
 
     def _count_dropped(self, request_id: str, dropped: int) -> None:
         """Count the tokens that went from a request's window into its compensation slot."""
@@ -314,7 +314,7 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         return super().pop_blocks_for_free(request_id)
 
     def cache_blocks(self, request: Request, *args, **kwargs) -> None:
-        if request.shared_prefix_boundary and not self.is_exact:
+        if request.shared_prefix_boundary:
             self._junctions[request.request_id] = request.shared_prefix_boundary
         super().cache_blocks(request, *args, **kwargs)
 
@@ -328,6 +328,9 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         """Take the pages of a hit; those that it does not need are null already."""
         assert num_external_computed_tokens == 0, "KV connectors are refused at start-up"
         self.count_hit(new_computed_blocks)
+        if num_local_computed_tokens < self.dense_parts[request_id].until:
+            # No turn of this chat wrote what it found: others begin like it.
+            self._junctions[request_id] = num_local_computed_tokens
         blocks = self.req_to_blocks[request_id]
         assert not blocks, "a prefix hit for a request that holds pages"
         self.block_pool.touch([b for b in new_computed_blocks if not b.is_null])
@@ -352,31 +355,24 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         assert isinstance(kv_cache_spec, LocalSpec)
-        lookup = admitted_lookup()
-        limit = _hit_limit(kv_cache_spec, max_length)
-        if lookup.dense_until > 0:
-            groups, length = cls._longest_run(
-                block_hashes,
-                limit,
-                kv_cache_group_ids,
-                block_pool,
-                kv_cache_spec.block_size,
-                alignment_tokens,
-            )
-            if length >= lookup.dense_until:
-                # Preempted in decode: its next query is compressed already.
-                window = kv_cache_spec.window
-                unneeded = range(window.sink_pages, window.first_kept_page(length))
-                for group in groups:
-                    for index in unneeded:
-                        group[index] = block_pool.null_block
-            return groups, length
-        return cls._longest_windowed_hit(
+        until = admitted_lookup().dense_until
+        groups, length = cls._longest_windowed_hit(
             block_hashes,
-            limit,
+            until,
+            max_length,
             kv_cache_group_ids,
             block_pool,
             kv_cache_spec,
+            alignment_tokens,
+        )
+        if length > 0:
+            return groups, length
+        return cls._longest_run(
+            block_hashes,
+            min(max_length, until),
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec.block_size,
             alignment_tokens,
         )
 
@@ -384,13 +380,14 @@ class LocalManager(_RazorManager, SlidingWindowManager):
     def _longest_windowed_hit(
         cls,
         block_hashes: BlockHashList,
+        min_length: int,
         max_length: int,
         kv_cache_group_ids: list[int],
         block_pool: BlockPool,
         spec: LocalSpec,
         alignment_tokens: int,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Longest prefix whose sinks, tail page and window are all cached.
+        """Longest prefix, of `min_length` or more, whose sinks, tail page and window are cached.
 
         If page i is missing, no prefix that ends past its first token is a hit: windows only
         move forward, so shorter prefixes that reach into the page need it too.
@@ -402,7 +399,7 @@ class LocalManager(_RazorManager, SlidingWindowManager):
             return block_pool.get_cached_block(hashes[index], kv_cache_group_ids)
 
         length = max_length - max_length % alignment_tokens
-        while length > 0:
+        while length >= max(min_length, 1):
             num_pages = length // size
             kept = spec.window.first_kept_page(length)
             sinks = range(min(spec.window.sink_pages, kept, num_pages))

@@ -13,11 +13,11 @@ from typing import Literal
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
 
-from razor_kernels import DENSE_FOREVER
 from razor_vllm.config import KVPolicy
 from razor_vllm.integrity import PoolManager, pages_by_state, pool_managers
 from razor_vllm.managers import RetrievalManager
 from razor_vllm.plan import MemoryPlan
+from razor_vllm.policy import NEVER_COMPRESSED
 
 PoolName = Literal["retrieval", "local"]
 
@@ -162,7 +162,7 @@ def _num_pages(pool: PoolManager, request_id: str) -> int:
 
 
 def _policy(pool: PoolManager, request_id: str) -> KVPolicy:
-    return "full" if pool.dense_until.get(request_id) == DENSE_FOREVER else "razor"
+    return "full" if pool.dense_parts.get(request_id) == NEVER_COMPRESSED else "razor"
 
 
 def _layer_kept(plan: MemoryPlan, uses: list[RequestUse]) -> tuple[float, ...]:

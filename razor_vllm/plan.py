@@ -139,6 +139,23 @@ class MemoryPlan:
         return self.request_pages(num_tokens, dense_until) * self.page_bytes
 
     @property
+    def hit_tokens(self) -> int:
+        """Prefix-cache hits come in multiples of so many tokens."""
+        return math.lcm(*self.blocks)
+
+    def waiting_pages(self, num_tokens: int) -> int:
+        """Cached pages that the next turn of a chat of `num_tokens` tokens needs.
+
+        In exact mode a chat whose tokens are all of its last prompt.
+        """
+        end = num_tokens - num_tokens % self.hit_tokens
+        local = end // self.blocks.local if self.num_local_slots else 0
+        if self.config.prefill != "exact" and local:
+            kept = self.window.first_kept_page(end)
+            local -= max(kept - self.window.sink_pages, 0)
+        return self.retrieval_pages(end) + local
+
+    @property
     def full_page_bytes(self) -> int:
         """Bytes of a page of stock vLLM."""
         layout = PageLayout(
@@ -164,6 +181,21 @@ class MemoryPlan:
             else:
                 high = middle - 1
         return low
+
+    def longest_dense_part(self, num_pages: int, num_tokens: int, in_flight: int) -> int:
+        """Longest dense part, in tokens, of a request of `num_tokens` that fits `num_pages` pages.
+
+        Args:
+            in_flight: tokens that a request may write in a step beyond its dense part.
+        """
+        if not self.num_local_slots:
+            return num_tokens
+        size = self.blocks.local
+        room = (num_pages - self.retrieval_pages(num_tokens)) * size
+        if room >= -(-num_tokens // size) * size:
+            return num_tokens
+        window = self.window.max_held_pages(num_tokens) * size
+        return max(room - window - -(-in_flight // size) * size, 0)
 
     def padding_share(self) -> tuple[float, float]:
         """Share of a retrieval and of a local page that is padding."""

@@ -1,5 +1,6 @@
 """What the policy holds and saves: the start-up report, and figures of requests and mixes."""
 
+import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from razor_vllm.config import config_of
 from razor_vllm.partition import rank_heads
 from razor_vllm.plan import MemoryPlan, PoolSizes
 from razor_vllm.specs import LocalSpec, RetrievalSpec
+from razor_vllm.turns import turn_of
 
 logger = init_logger("vllm.razor")
 
@@ -22,7 +24,9 @@ class RequestMemory(NamedTuple):
 
     num_tokens: of the request. held, full: bytes under the policy and under stock vLLM.
     fit, fit_full: such requests that the engine's KV memory holds at a time.
-    prefill: bytes that the request holds when its prefill ends.
+    prefill: bytes that the request holds when a prompt of that length ends.
+    waiting, fit_waiting, fit_waiting_full: bytes that its next turn needs in the prefix cache
+        while a chat of that length waits, and such chats that the memory holds.
     """
 
     num_tokens: int
@@ -31,6 +35,9 @@ class RequestMemory(NamedTuple):
     fit: int
     fit_full: int
     prefill: int
+    waiting: int
+    fit_waiting: int
+    fit_waiting_full: int
 
 
 class MixMemory(NamedTuple):
@@ -99,7 +106,8 @@ class Capacity(NamedTuple):
 
 def request_memory(plan: MemoryPlan, num_tokens: int, capacity: Capacity) -> RequestMemory:
     """KV memory of one decoding request, and how many fit."""
-    until = num_tokens if plan.config.prefill == "exact" else 0
+    until = 0 if plan.config.prefill == "windowed" else num_tokens
+    waiting = plan.waiting_pages(num_tokens)
     return RequestMemory(
         num_tokens=num_tokens,
         held=plan.request_bytes(num_tokens),
@@ -107,6 +115,9 @@ def request_memory(plan: MemoryPlan, num_tokens: int, capacity: Capacity) -> Req
         fit=capacity.pages // plan.request_pages(num_tokens),
         fit_full=capacity.full_pages // plan.full_request_pages(num_tokens),
         prefill=plan.request_bytes(num_tokens, dense_until=until),
+        waiting=waiting * plan.page_bytes,
+        fit_waiting=capacity.pages // max(waiting, 1),
+        fit_waiting_full=capacity.full_pages // max(num_tokens // plan.full_block_size, 1),
     )
 
 
@@ -143,24 +154,35 @@ def report_lines(plan: MemoryPlan, max_model_len: int, num_blocks: int) -> list[
         f"{plan.num_retrieval_slots} retrieval heads ({padding[0]:.1%} padding) or "
         f"{plan.blocks.local} tokens of {plan.num_local_slots} local heads "
         f"({padding[1]:.1%} padding); {capacity.pages:,} pages",
-        "  tokens    bytes/request   of full   fit (full policy)",
+        "  tokens    bytes/request   of full   fit (full policy)   waiting chats (full policy)",
     ]
     lengths = sorted({*(n for n in _REPORT_LENGTHS if n < max_model_len), max_model_len})
     memories = [request_memory(plan, n, capacity) for n in lengths]
     lines += [
         f"  {m.num_tokens:>7,} {m.held:>15,} {m.held / m.full:>9.1%} {m.fit:>6,} ({m.fit_full:,})"
+        f"   {m.fit_waiting:>6,} ({m.fit_waiting_full:,})"
         for m in memories
     ]
-    if config.prefill == "exact":
-        last = memories[-1]
+    last = memories[-1]
+    if config.prefill != "windowed":
         lines.append(
-            f"  exact prefill holds a whole prompt while it is read: {last.prefill:,} "
-            f"bytes for {last.num_tokens:,} tokens; --razor-prefill windowed bounds it"
+            f"  {config.prefill} prefill holds a whole "
+            f"{'prompt' if config.prefill == 'exact' else 'first turn'} while it is read: "
+            f"{last.prefill:,} bytes for {last.num_tokens:,} tokens; "
+            "--razor-prefill windowed bounds it"
         )
+    again = "the answer before them and " if config.prefill == "exact" else ""
+    lines.append(
+        f"  a waiting chat of {last.num_tokens:,} tokens needs {last.waiting:,} bytes of cache; "
+        f"its next turn computes its own tokens, {again}at most {plan.hit_tokens} more"
+    )
     return lines
 
 
-def log_report(plan: MemoryPlan, max_model_len: int, num_blocks: int) -> None:
+def log_report(vllm_config: VllmConfig, plan: MemoryPlan, num_blocks: int) -> None:
     """Print the start-up report to vLLM's log."""
-    for line in report_lines(plan, max_model_len, num_blocks):
+    for line in report_lines(plan, vllm_config.model_config.max_model_len, num_blocks):
         logger.info("%s", line)
+    turn = turn_of(vllm_config.additional_config)
+    if turn.note:
+        logger.log(logging.INFO if turn.marker else logging.WARNING, "  %s", turn.note)

@@ -134,11 +134,14 @@ def plan_text(
     full = first.full_request_bytes(max_model_len)
     pages = kv_bytes // first.page_bytes - 1  # vLLM keeps one for itself
     fit = max(pages, 0) // first.request_pages(max_model_len)
+    waiting = max(first.waiting_pages(max_model_len), 1)
     lines += [
         f"a decoding request of {max_model_len:,} tokens holds {held:,} bytes a rank "
         f"({held / full:.1%} of the full policy's {full:,})",
         f"evening-out costs {held * len(ranks) / ideal - 1:.1%} over one device's layout",
         f"{fit} such requests fit {kv_bytes:,} bytes a rank (full policy: {kv_bytes // full})",
+        f"a chat of that length that waits for its next turn keeps {waiting * first.page_bytes:,} "
+        f"bytes ({config.prefill} prefill): {max(pages, 0) // waiting} chats",
     ]
     return "\n".join(lines)
 

@@ -59,22 +59,19 @@ class LocalSpec(SlidingWindowSpec):
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
-        """Most pages that one request can hold at a time.
-
-        In exact mode a prompt may be as long as the model allows, and its pages stay
-        until its prefill ends.
-        """
+        """Most pages that one request can hold at a time past its dense part."""
         whole = -(-max_model_len // self.block_size)
-        if self.razor.prefill == "exact":
-            return whole
         held = self.window.max_held_pages(max_model_len)
         in_flight = -(-max_in_flight_tokens // self.block_size)
         return min(held + in_flight, whole)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        pages = self.max_admission_blocks_per_request(
-            vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
-        )
+        """Bytes of one request of the model's length, whose prompt may be dense to its end."""
+        max_model_len = vllm_config.model_config.max_model_len
+        pages = -(-max_model_len // self.block_size)
+        if self.razor.prefill == "windowed":
+            in_flight = vllm_config.max_in_flight_tokens
+            pages = self.max_admission_blocks_per_request(in_flight, max_model_len)
         return pages * self.page_size_bytes
 
     def is_uniform_with_collection(self, kv_cache_specs: dict) -> bool:

@@ -16,6 +16,8 @@ from make_random_llama import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS
 from razor_vllm.heads.profile import HeadProfile
 
 MAX_LEN = 8192
+GENERATION_PROMPT = 3
+"""Token that the bundled model's chat template ends a prompt with."""
 TESTS = Path(__file__).parent
 
 
@@ -68,16 +70,48 @@ def answers(
         temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, **sampling
     )
     results = llm.generate(list(requests), params, use_tqdm=False)
-    outputs = [result.outputs[0] for result in results]
-    return [
-        Answer(
-            tuple(out.token_ids),
-            tuple(
-                step[token].logprob for step, token in zip(out.logprobs, out.token_ids, strict=True)
-            ),
-        )
-        for out in outputs
-    ]
+    return [_answer(result.outputs[0]) for result in results]
+
+
+def _answer(out: Any) -> Answer:
+    steps = zip(out.logprobs, out.token_ids, strict=True)
+    return Answer(tuple(out.token_ids), tuple(step[token].logprob for step, token in steps))
+
+
+class ChatTurn(NamedTuple):
+    """One turn of a chat: its prompt's tokens, the answer, and the prompt's cached tokens."""
+
+    prompt: list[int]
+    answer: Answer
+    cached: int
+
+
+def hold_chats(
+    llm: Any, first: Sequence[list[int]], turns: int, max_tokens: int, **sampling: Any
+) -> list[ChatTurn]:
+    """Chats whose turns are taken in rounds, all chats at once.
+
+    Args:
+        first: tokens of each chat's first turn. A later one adds the answer before it, some
+            random tokens, other ones in each chat, and the model's generation prompt.
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, **sampling
+    )
+    draw = random.Random(1)
+    held: list[ChatTurn] = []
+    chats = [list(prompt) for prompt in first]
+    for _ in range(turns):
+        requests: list[Any] = [{"prompt_token_ids": list(chat)} for chat in chats]
+        results = llm.generate(requests, params, use_tqdm=False)
+        for chat, result in zip(chats, results, strict=True):
+            answer = _answer(result.outputs[0])
+            held.append(ChatTurn(list(chat), answer, result.num_cached_tokens or 0))
+            added = [draw.randrange(5, 261) for _ in range(draw.randrange(1, 90))]
+            chat += [*answer.tokens, *added, GENERATION_PROMPT]
+    return held
 
 
 def run_script(

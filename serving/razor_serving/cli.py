@@ -15,9 +15,10 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from razor_serving import cpu_setup
+from razor_vllm.config import PrefillMode
 
 if TYPE_CHECKING:
     from razor_vllm.heads.attribution import AttributionOptions
@@ -215,6 +216,7 @@ def _plan(args: argparse.Namespace) -> None:
         window=args.window,
         window_ratio=args.window_ratio,
         sinks=args.sinks,
+        prefill=args.prefill,
         allow_no_retrieval_heads=True,
     )
     config.check_lengths(args.max_model_len)
@@ -358,6 +360,7 @@ def main() -> None:
     plan.add_argument("--window", type=int, default=4096)
     plan.add_argument("--window-ratio", type=float, default=0.0)
     plan.add_argument("--sinks", type=int, default=4)
+    plan.add_argument("--prefill", choices=get_args(PrefillMode), default="exact")
     plan.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     convert = commands.add_parser("convert", help="read or write others' head patterns")
     convert.add_argument("pattern", type=Path, help="a pattern; with --to-duo, a profile")

@@ -21,6 +21,7 @@ from razor_serving import access, page
 from razor_serving.metrics import PoolMetrics, keep_current
 from razor_serving.routes import Service, router
 from razor_vllm import compat
+from razor_vllm.admission import DenseLimits
 from razor_vllm.config import config_of
 
 _ended_badly = False
@@ -100,7 +101,8 @@ class RazorEndpoints:
         # Where an engine is in a long step, it alone checks what the server would have.
         with contextlib.suppress(TimeoutError):
             engines = (await service.reader.read()).engines
-            compat.tell_longest_dense(vllm_config, min(e["longest_dense"] for e in engines))
+            limits = DenseLimits(*map(min, zip(*(e["dense_limits"] for e in engines), strict=True)))
+            compat.tell_dense_limits(vllm_config, limits)
         _watch_end(engine_client, state)
         async_llm.logger.addFilter(CleanStop(engine_client, state))
         if vllm_config.parallel_config._api_process_rank <= 0 and state.log_stats:

@@ -24,8 +24,9 @@ from razor_vllm.config import KVPolicy, RazorConfig, config_of, profile_of
 from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.partition import RankHeads, partition, pipeline_stages
 from razor_vllm.plan import MemoryPlan, PoolSizes
-from razor_vllm.policy import REQUEST_KEY
+from razor_vllm.policy import DENSE_TOKENS_KEY, REQUEST_KEY
 from razor_vllm.report import Capacity, mix_memory, request_memory
+from razor_vllm.turns import turn_of
 
 logger = init_logger("vllm.razor")
 
@@ -148,6 +149,7 @@ async def get_policy(service: ServiceOf) -> schemas.Policy:
             window_ratio=config.window_ratio,
             sinks=config.sinks,
             prefill=config.prefill,
+            first_turn_ends_with=list(turn_of(service.vllm_config.additional_config).marker),
             compensation=config.compensation,
         ),
         heads=schemas.HeadSummary(
@@ -165,12 +167,16 @@ async def get_policy(service: ServiceOf) -> schemas.Policy:
             local_tokens=plan.blocks.local,
             retrieval_padding=padding[0],
             local_padding=padding[1],
+            hit_tokens=plan.hit_tokens,
         ),
         kv_dtype=figures["dtype"],
         max_model_len=model.max_model_len,
         per_request=schemas.RequestPolicies(
-            field=f"vllm_xargs.{REQUEST_KEY}", accepted=list(get_args(KVPolicy))
+            field=f"vllm_xargs.{REQUEST_KEY}",
+            accepted=list(get_args(KVPolicy)),
+            dense_tokens_field=f"vllm_xargs.{DENSE_TOKENS_KEY}",
         ),
+        longest=_length(plan, model.max_model_len, 1.0, _capacity(plan, figures)),
     )
 
 
@@ -332,9 +338,7 @@ async def estimate(body: schemas.EstimateRequest, service: ServiceOf) -> schemas
             )
     plan, figures = await service.plan()
     memory = body.kv_memory_bytes
-    if memory is None:
-        memory = (figures["pages"] + 1) * plan.page_bytes  # vLLM keeps one page
-    capacity = Capacity.of(plan, memory)
+    capacity = _capacity(plan, figures) if memory is None else Capacity.of(plan, memory)
     mix: dict[int, float] = {}
     for entry in body.mix:
         mix[entry.tokens] = mix.get(entry.tokens, 0.0) + entry.weight
@@ -349,6 +353,11 @@ async def estimate(body: schemas.EstimateRequest, service: ServiceOf) -> schemas
     )
 
 
+def _capacity(plan: MemoryPlan, figures: dict[str, Any]) -> Capacity:
+    """Of the engine's own memory."""
+    return Capacity.of(plan, (figures["pages"] + 1) * plan.page_bytes)  # vLLM keeps one page
+
+
 def _length(
     plan: MemoryPlan, num_tokens: int, weight: float, capacity: Capacity
 ) -> schemas.LengthMemory:
@@ -361,4 +370,7 @@ def _length(
         prefill_bytes=memory.prefill,
         fit=memory.fit,
         fit_full_policy=memory.fit_full,
+        waiting_bytes=memory.waiting,
+        fit_waiting=memory.fit_waiting,
+        fit_waiting_full_policy=memory.fit_waiting_full,
     )

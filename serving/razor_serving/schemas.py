@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from razor_vllm.config import PrefillMode
+
 MAX_MIX = 64
 """Lengths that one estimate may name."""
 MAX_TOKENS = 2**24
@@ -22,7 +24,10 @@ class PolicyConfig(Model):
     window: int = Field(description="Latest tokens that a local head sees as written.")
     window_ratio: float = Field(description="Least window as a share of the position.")
     sinks: int = Field(description="First tokens that a local head keeps for ever.")
-    prefill: Literal["exact", "windowed"]
+    prefill: PrefillMode
+    first_turn_ends_with: list[int] = Field(
+        description="Tokens of the chat template, in chat mode; none where prompts are exact."
+    )
     compensation: bool
 
 
@@ -57,14 +62,33 @@ class PageShape(Model):
     local_tokens: int = Field(description="Tokens a page of the local pool.")
     retrieval_padding: float = Field(description="Share of a retrieval page that is unused.")
     local_padding: float = Field(description="Share of a local page that is unused.")
+    hit_tokens: int = Field(description="Prefix-cache hits come in multiples of so many tokens.")
 
 
 class RequestPolicies(Model):
-    """How a request opts out."""
+    """How a request opts out, or says how much of its prompt is attended as written."""
 
     field: str = "vllm_xargs.kv_policy"
     accepted: list[str]
     default: str = "razor"
+    dense_tokens_field: str = "vllm_xargs.kv_dense_tokens"
+
+
+class LengthMemory(Model):
+    """Requests of one length, decoding."""
+
+    tokens: int
+    weight: float
+    bytes: int
+    full_policy_bytes: int
+    prefill_bytes: int = Field(description="Held when the prefill ends, before compression.")
+    fit: int
+    fit_full_policy: int
+    waiting_bytes: int = Field(
+        description="Of cache that the next turn of a chat of that length needs while it waits."
+    )
+    fit_waiting: int = Field(description="Such chats that fit while they wait.")
+    fit_waiting_full_policy: int
 
 
 class Policy(Model):
@@ -80,6 +104,7 @@ class Policy(Model):
     kv_dtype: str
     max_model_len: int
     per_request: RequestPolicies
+    longest: LengthMemory = Field(description="A request, or a chat, of the model's length.")
 
 
 class Amount(Model):
@@ -197,18 +222,6 @@ class EstimateRequest(Model):
     kv_memory_bytes: Annotated[int, Field(strict=True, ge=1, le=MAX_KV_BYTES)] | None = Field(
         None, description="KV memory of one rank; the engine's own by default."
     )
-
-
-class LengthMemory(Model):
-    """Requests of one length, decoding."""
-
-    tokens: int
-    weight: float
-    bytes: int
-    full_policy_bytes: int
-    prefill_bytes: int = Field(description="Held when the prefill ends, before compression.")
-    fit: int
-    fit_full_policy: int
 
 
 class Estimate(Model):

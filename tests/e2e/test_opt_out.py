@@ -20,7 +20,7 @@ SMALL = {
 
 
 def longest_dense(llm: Any) -> int:
-    return llm.llm_engine.engine_core.engine_core.razor_memory()["longest_dense"]
+    return llm.llm_engine.engine_core.engine_core.razor_memory()["dense_limits"][0]
 
 
 def test_what_can_never_fit_is_refused(model_dir: Path) -> None:

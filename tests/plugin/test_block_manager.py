@@ -26,7 +26,7 @@ from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.managers import LocalManager, register_specs
 from razor_vllm.partition import whole
 from razor_vllm.plan import MemoryPlan, PoolSizes
-from razor_vllm.policy import dense_until, policy_salt
+from razor_vllm.policy import carrying, dense_part
 from razor_vllm.specs import pool_specs
 
 register_specs()
@@ -36,6 +36,8 @@ init_none_hash(sha256)
 HEADS = whole(HeadProfile(2, 2, 16, ((0,), ())))
 RETRIEVAL, LOCAL = 0, 1
 CHUNK = 40
+MARKER = [1, 1]
+"""Of a chat's first turn: of the streams below, one ends a turn, at another place than the rest."""
 
 
 class Signature(NamedTuple):
@@ -86,20 +88,21 @@ class World:
         self.count = 0
         self.hits = 0
 
-    def add(self, prompt: list[int], policy: str) -> None:
-        extra = {"kv_policy": policy} if policy == "full" else None
-        salt = policy_salt(self.plan.config, extra, None)
+    def add(self, prompt: list[int], asked: str | int) -> None:
+        """A request that asks for a policy, or for so many dense tokens (at most its prompt's)."""
+        extra: dict = {"kv_policy": asked}
+        if isinstance(asked, int):
+            extra = {"kv_dense_tokens": min(asked, len(prompt))}
+        part = dense_part(self.plan.config, extra, prompt, len(prompt), MARKER)
         self.count += 1
         request = Request(
             request_id=str(self.count),
             prompt_token_ids=prompt,
-            sampling_params=SamplingParams(max_tokens=1000, extra_args=extra),
+            sampling_params=SamplingParams(max_tokens=1000, extra_args=carrying(extra, part)),
             pooling_params=None,
-            cache_salt=salt,
             block_hasher=self.hasher,
         )
-        until = dense_until(self.plan.config, extra, len(prompt))
-        self.waiting.append(Live(request, until))
+        self.waiting.append(Live(request, part.until))
         self.admit()
 
     def admit(self) -> None:
@@ -125,8 +128,12 @@ class World:
         live.frontier, live.nulls = 0, set()
         self.compute(live, computed, computed + todo)
 
-    def advance(self, index: int, token: int) -> None:
-        """One step of a running request: a chunk of what is to compute, or a new token."""
+    def advance(self, index: int, token: int | None) -> None:
+        """One step of a running request: a chunk of what is to compute, or a new token.
+
+        Args:
+            token: None for one like the last, as in the stream that the prompt is of.
+        """
         if not self.live:
             return
         live = self.live[index % len(self.live)]
@@ -135,7 +142,8 @@ class World:
             if request.num_tokens >= 390:
                 self.finish(index)
                 return
-            request.append_output_token_ids(token)
+            last = request.all_token_ids[-1]
+            request.append_output_token_ids(last if token is None else token)
         start = request.num_computed_tokens
         todo = min(request.num_tokens - start, CHUNK)
         while self.manager.allocate_slots(request, todo) is None:
@@ -247,9 +255,10 @@ class World:
 
 
 # Prompts are prefixes of a few streams, so that they share much and differ somewhere.
+ASKED = ["razor", "razor", "full", 0, 16, 41, 64, 96, 97, 150]
 prompt_shapes = st.tuples(st.integers(0, 2), st.integers(1, 230))
 operations = st.one_of(
-    st.tuples(st.just("add"), prompt_shapes, st.sampled_from(["razor", "razor", "full"])),
+    st.tuples(st.just("add"), prompt_shapes, st.sampled_from(ASKED)),
     st.tuples(st.just("advance"), st.integers(0, 7), st.integers(0, 2)),
     st.tuples(st.just("advance"), st.integers(0, 7), st.integers(0, 2)),
     st.tuples(st.just("advance"), st.integers(0, 7), st.just(0)),
@@ -262,7 +271,7 @@ configs = st.builds(
     window=st.sampled_from([0, 16, 40]),
     window_ratio=st.sampled_from([0.0, 0.0, 0.2]),
     sinks=st.sampled_from([0, 4, 20]),
-    prefill=st.sampled_from(["exact", "windowed"]),
+    prefill=st.sampled_from(["exact", "chat", "windowed"]),
 )
 
 
@@ -279,7 +288,7 @@ def apply(world: World, operation: tuple) -> None:
         world.advance(first, second)
     elif kind == "decode":
         for _ in range(second):
-            world.advance(first, 0)
+            world.advance(first, None)
     else:
         getattr(world, kind)(first)
         world.admit()
@@ -305,7 +314,7 @@ def test_random_sequences(config, blocks, num_blocks, caching, sequence) -> None
     world.check_pool()
     pool = world.manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-    assert not world.manager.coordinator.single_type_managers[LOCAL].dense_until.keys() - {
+    assert not world.manager.coordinator.single_type_managers[LOCAL].dense_parts.keys() - {
         live.request.request_id for live in world.waiting
     }
 
@@ -420,7 +429,7 @@ def test_a_miss_costs_no_more_lookups_than_pages(missing: set[int], length: int)
     )[1]
     pool = CountingPool(missing)
     groups, found = LocalManager._longest_windowed_hit(
-        list(range(4096)), 131072, [0], pool, spec, 32
+        list(range(4096)), 0, 131072, [0], pool, spec, 32
     )
     assert found == length
     assert len(groups[0]) == length // 32

@@ -174,11 +174,15 @@ def test_preferred_form(accept: str, form: str | None) -> None:
 
 def test_estimate_is_the_start_up_report(keyed: Server, http: httpx.Client) -> None:
     """Requests of the model's length: the figures that the log gave; a mix lies between."""
-    report = re.search(r" 4,096 +([\d,]+) +[\d.]+% +([\d,]+) \(([\d,]+)\)", keyed.log.read_text())
-    held, fit, fit_full = (int(group.replace(",", "")) for group in report.groups())
+    line = r" 4,096 +([\d,]+) +[\d.]+% +([\d,]+) \(([\d,]+)\) +([\d,]+) \(([\d,]+)\)"
+    found = re.search(line, keyed.log.read_text()).groups()
+    held, fit, fit_full, *waiting = (int(group.replace(",", "")) for group in found)
     answer = http.post("/v1/razor/estimate", json={"mix": [{"tokens": 4096}]}).json()
     assert (answer["lengths"][0]["bytes"], answer["fit"]) == (held, fit)
     assert answer["fit_full_policy"] == fit_full
+    (longest,) = answer["lengths"]
+    assert [longest["fit_waiting"], longest["fit_waiting_full_policy"]] == waiting
+    assert http.get("/v1/razor/policy").json()["longest"] == longest
     mix = [{"tokens": 4096, "weight": 1}, {"tokens": 128, "weight": 3}]
     mixed = http.post("/v1/razor/estimate", json={"mix": mix}).json()
     assert fit < mixed["fit"] < mixed["lengths"][0]["fit"]
