@@ -3,8 +3,9 @@
     python -m benchmarks.chat_hits MODEL [--kv-bytes 40e6 60e6 80e6] [--output FILE]
 
 Chats take their turns in rounds, all at once. A turn's prompt is the chat so far, the model's own
-answer included, and as many new random tokens. What is counted are vLLM's cached tokens of all
-prompts. Each engine runs in a process of its own.
+answer included, as many new random tokens, and the tokens with which the chat template begins an
+answer. What is counted are vLLM's cached tokens of all prompts. Each engine runs in a process of
+its own.
 """
 
 import argparse
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.residency import device
+from razor_vllm.turns import Messages, learn_marker
 
 ANSWER = 32
 POLICIES = {
     "full": None,
     "razor, exact": {"prefill": "exact"},
+    "razor, chat": {"prefill": "chat"},
     "razor, windowed": {"prefill": "windowed"},
 }
 
@@ -57,6 +60,13 @@ def hits(model: str, job: dict[str, Any]) -> dict[str, int]:
         disable_log_stats=True,
     )
     params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+    tokenizer: Any = llm.get_tokenizer()
+
+    def render(messages: Messages, asks: bool) -> list[int]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    asking = learn_marker(render)
     draw = random.Random(0)
     chats: list[list[int]] = [[] for _ in range(load.chats)]
     prompt_tokens = cached = 0
@@ -67,7 +77,9 @@ def hits(model: str, job: dict[str, Any]) -> dict[str, int]:
                 chat[long:] = []
                 chat += [draw.randrange(5, 200) for _ in range(long - len(chat))]
                 chat += [draw.randrange(5, 200) for _ in range(load.tokens)]
-            chat += [draw.randrange(5, 200) for _ in range(turn * load.tokens - len(chat))]
+            new = turn * load.tokens - len(asking) - len(chat)
+            chat += [draw.randrange(5, 200) for _ in range(new)]
+            chat += asking
         prompts: Any = [{"prompt_token_ids": chat} for chat in chats]
         for chat, result in zip(chats, llm.generate(prompts, params, use_tqdm=False), strict=True):
             prompt_tokens += len(chat)

@@ -325,6 +325,24 @@ def add_middleware(args: argparse.Namespace, path: str) -> None:
     args.middleware = [*args.middleware, path]
 
 
+def check_before_streams(engine_client: Any) -> None:
+    """Check a request with its prompt's length while the answer can still be an HTTP 400.
+
+    vLLM's routes call `generate` before a stream begins, and what it returns only after.
+    """
+    generate = engine_client.generate
+
+    @functools.wraps(generate)
+    def checking(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if tokens is not None:
+            limits = engine_client.vllm_config.additional_config.get(DENSE_LIMITS_KEY)
+            _refuse_badly_asked(sampling_params.extra_args, len(tokens), limits)
+        return generate(prompt, sampling_params, *args, **kwargs)
+
+    engine_client.generate = checking
+
+
 def before_shutdown(engine_client: Any, note: Callable[[], None]) -> None:
     """Call `note` when vLLM's server tells its engine to end, and before it does."""
     shutdown = engine_client.shutdown

@@ -103,6 +103,7 @@ class RazorEndpoints:
             engines = (await service.reader.read()).engines
             limits = DenseLimits(*map(min, zip(*(e["dense_limits"] for e in engines), strict=True)))
             compat.tell_dense_limits(vllm_config, limits)
+        compat.check_before_streams(engine_client)
         _watch_end(engine_client, state)
         async_llm.logger.addFilter(CleanStop(engine_client, state))
         if vllm_config.parallel_config._api_process_rank <= 0 and state.log_stats:

@@ -61,13 +61,13 @@ def test_a_turn_with_the_cache_is_that_turn_alone(model_dir: Path, chunk: int) -
 def test_preempted_turns_are_those_turns_alone(model_dir: Path) -> None:
     """A pool that is too small for all chats at once."""
     preempted = counted_preemptions()
-    options = {"max_model_len": 700, "num_gpu_blocks_override": 40, "max_num_batched_tokens": 128}
+    options = {"max_model_len": 1050, "num_gpu_blocks_override": 68, "max_num_batched_tokens": 64}
     with engine(model_dir, CHAT, **options) as llm:
-        held = hold_chats(llm, first_turns([150, 160, 170, 180], seed=3), 3, 60)
+        held = hold_chats(llm, first_turns([300, 310, 320, 330, 340, 350], 3), 2, 300)
         assert any(turn.cached for turn in held)
     assert any(generated > 0 for generated in preempted)
     with engine(model_dir, CHAT, enable_prefix_caching=False) as llm:
-        assert_each_alone(llm, held, 60)
+        assert_each_alone(llm, held, 300)
 
 
 def test_the_first_turn_is_exact_modes(model_dir: Path) -> None:

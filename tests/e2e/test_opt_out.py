@@ -70,8 +70,16 @@ def test_no_salt_reaches_pages_that_opted_out(model_dir: Path, salt: str) -> Non
 
 def test_a_bad_request_ends_alone(model_dir: Path) -> None:
     """A front end that checks nothing: the engine answers the request, and serves the others."""
-    job = {"razor": {"window": 64}, "bad": [{"kv_policy": "x"}, {"kv_policy": ["full"]}]}
+    bad = [
+        {"kv_policy": "x"},
+        {"kv_policy": ["full"]},
+        {"kv_dense_tokens": 51},
+        {"kv_dense_tokens": True},
+        {"kv_dense_tokens": 0, "kv_policy": "full"},
+    ]
+    job = {"razor": {"window": 64}, "bad": bad}
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     result = run_script("unchecked_requests.py", model_dir, job, env)
-    assert result["reasons"] == {"good": "length", "bad-0": "error", "bad-1": "error"}
+    errors = {f"bad-{number}": "error" for number in range(len(bad))}
+    assert result["reasons"] == {"good": "length", **errors}
     assert result["later"] == 8, json.dumps(result)

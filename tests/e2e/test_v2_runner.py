@@ -4,7 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import SOME_HEADS, TESTS, answers, engine, profile_file, prompts, run_script
+from engines import (
+    GENERATION_PROMPT,
+    SOME_HEADS,
+    TESTS,
+    answers,
+    engine,
+    profile_file,
+    prompts,
+    run_script,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -74,6 +83,23 @@ def test_v2_runner_answers_as_v1(
             assert [tokens for tokens, _ in got] == [list(a.tokens) for a in want]
             for (_, logprobs), answer in zip(got, want, strict=True):
                 assert logprobs == pytest.approx(answer.logprobs, abs=2e-2)
+
+
+@pytest.mark.parametrize(("kernels", "lengths"), [("native", [33, 150]), ("triton", [70])])
+def test_v2_runner_holds_chats(model_dir: Path, kernels: str, lengths: list[int]) -> None:
+    """Chat mode, turn by turn with the cache: each turn as V1 answers it alone without."""
+    razor = {"window": 32, "prefill": "chat"}
+    max_tokens = 4 if kernels == "triton" else 40
+    chats = [[*p["prompt_token_ids"][:-1], GENERATION_PROMPT] for p in prompts(lengths)]
+    job: dict[str, Any] = {"razor": razor, "options": OPTIONS, "rounds": [], "chats": chats}
+    result = run_v2(model_dir, {**job, "max_tokens": max_tokens}, kernels)
+    assert result["free"]
+    assert all(cached > 0 for _, _, cached in result["chats"][-len(chats) :])
+    with engine(model_dir, razor, enable_prefix_caching=False, **OPTIONS) as llm:
+        for prompt, (tokens, logprobs), _ in result["chats"]:
+            (alone,) = answers(llm, [{"prompt_token_ids": prompt}], max_tokens)
+            assert tokens == list(alone.tokens)
+            assert logprobs == pytest.approx(alone.logprobs, abs=2e-2)
 
 
 def test_v2_runner_survives_preemption(model_dir: Path) -> None:

@@ -9,7 +9,7 @@ read from the environment when vLLM is imported.
 import json
 import sys
 
-from engines import answers, counted_preemptions, engine, manager_of, prompts
+from engines import answers, counted_preemptions, engine, hold_chats, manager_of, prompts
 
 from razor_vllm.pools import attachment_of
 
@@ -24,6 +24,7 @@ def main() -> None:
             answers(llm, prompts(job["lengths"]), job["max_tokens"], **sampling)
             for sampling in job["rounds"]
         ]
+        chats = hold_chats(llm, job["chats"], 3, job["max_tokens"]) if "chats" in job else []
         pool = manager_of(llm).block_pool
         attached = attachment_of(llm.llm_engine.vllm_config)
         form = type(attached.form).__name__
@@ -36,6 +37,7 @@ def main() -> None:
                 "form": form,
                 "free": free,
                 "rounds": rounds,
+                "chats": chats,
                 "preemptions": len(preemptions),
             }
         )

@@ -78,7 +78,7 @@ READ = {
     "vllm.v1.executor.Executor": "get_kv_cache_specs",
     "vllm.v1.engine.core_client.AsyncMPClient": "_call_utility_async call_utility_all_async "
     "core_engines",
-    "vllm.v1.engine.async_llm.AsyncLLM": "engine_core errored shutdown vllm_config",
+    "vllm.v1.engine.async_llm.AsyncLLM": "engine_core errored generate shutdown vllm_config",
     "vllm.v1.engine.input_processor.InputProcessor": "vllm_config",
     "vllm.v1.request.Request": "max_tokens num_computed_tokens num_preemptions "
     "num_prompt_tokens request_id sampling_params status",

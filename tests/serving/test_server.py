@@ -113,6 +113,30 @@ def test_a_bad_policy_is_a_400(client: openai.OpenAI, server, policy) -> None:
     assert urllib.request.urlopen(f"{server[0]}/health").status == 200
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"kv_dense_tokens": -1}, "is -1; accepted are whole numbers"),
+        ({"kv_dense_tokens": 1.5}, "is 1.5; accepted are whole numbers"),
+        ({"kv_dense_tokens": "5"}, "is '5'; accepted are whole numbers"),
+        ({"kv_dense_tokens": 544}, "is 544; accepted are whole numbers from 0 to the prompt's 543"),
+        ({"kv_dense_tokens": 5, "kv_policy": "full"}, "accepted is one of the two"),
+    ],
+)
+def test_bad_dense_tokens_are_a_400(client: openai.OpenAI, asked: dict, told: str) -> None:
+    """Also where the answer would be a stream, and only the prompt's length tells."""
+    request = {"model": NAME, "messages": MESSAGES, "max_tokens": 4}
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.chat.completions.create(
+                **request, stream=stream, extra_body={"vllm_xargs": asked}
+            )
+        assert told in str(error.value)
+        assert error.value.param == "kv_dense_tokens"
+    good = {"vllm_xargs": {"kv_dense_tokens": 543}}
+    assert client.chat.completions.create(**request, extra_body=good).choices
+
+
 def test_a_cancelled_stream_leaves_the_server_well(
     client: openai.OpenAI, server: tuple[str, Path]
 ) -> None:

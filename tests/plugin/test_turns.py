@@ -1,0 +1,90 @@
+"""What ends a chat's first turn: learned from chat templates of every kind, found in prompts."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from razor_vllm.turns import Messages, first_turn_end, learn_marker
+
+
+def rendered(message: str, prompt: str, opening: str = "") -> Callable[[Messages, bool], list[int]]:
+    """A template over characters; `{role}`, `{ROLE}` and `{content}` stand in a message."""
+
+    def render(messages: Messages, add_generation_prompt: bool) -> list[int]:
+        parts = [
+            message.format(ROLE=m["role"].upper(), role=m["role"], content=m["content"])
+            for m in messages
+        ]
+        return list(map(ord, opening + "".join(parts) + prompt * add_generation_prompt))
+
+    return render
+
+
+CHATML = "<|im_start|>{role}\n{content}<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "prompt", "marker"),
+    [
+        (CHATML, "<|im_start|>assistant\n", "<|im_start|>assistant\n"),
+        # An answer that is to come begins with a thought, one of the past has lost its own.
+        (CHATML, "<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_start|>assistant\n"),
+        ("{ROLE}: {content}\n", "ASSISTANT:", "ASSISTANT:"),
+        ("<{role}>{content}", "<assistant>", "<assistant>"),
+    ],
+)
+def test_what_answers_begin_with(message: str, prompt: str, marker: str) -> None:
+    """The marker ends the first turn in its own prompt, and at the same place in the next."""
+    render = rendered(message, prompt)
+    found = learn_marker(render)
+    assert "".join(map(chr, found)) == marker
+    chat = [{"role": "user", "content": "A text.\n\nA question?"}]
+    first = render(chat, True)
+    end = first_turn_end(first, found)
+    assert end == len(first) - len(prompt) + len(marker)
+    for _ in range(3):
+        chat += [{"role": "assistant", "content": "Aha"}, {"role": "user", "content": "Why?"}]
+        assert first_turn_end(render(chat, True), found) == end
+
+
+@pytest.mark.parametrize(
+    ("render", "reason"),
+    [
+        (rendered("[INST] {content} [/INST]", ""), "has no generation prompt"),
+        (
+            rendered("{ROLE}: {content}\n", "ASSISTANT:", "Begin with ASSISTANT: always.\n"),
+            "stands before the first question",
+        ),
+        (rendered("[{role}] {content}\n", "{ask}"), "begins past answers unlike"),
+        (lambda messages, add: 1 / 0, "renders no chat"),
+    ],
+)
+def test_a_template_without_a_marker(render: Callable, reason: str) -> None:
+    """It is refused with its reason; the caller then reads prompts as exact mode does."""
+    with pytest.raises(ValueError, match=reason):
+        learn_marker(render)
+
+
+def test_a_template_that_refuses_system_prompts() -> None:
+    """Only what it renders is asked of it."""
+    render = rendered(CHATML, "<|im_start|>assistant\n")
+
+    def strict(messages: Messages, add: bool) -> list[int]:
+        if messages[0]["role"] == "system":
+            raise TypeError("no system prompt")
+        return render(messages, add)
+
+    assert learn_marker(strict) == learn_marker(render)
+
+
+@given(
+    st.lists(st.integers(0, 2), max_size=30),
+    st.lists(st.integers(0, 2), max_size=4),
+)
+def test_the_first_place(tokens: list[int], marker: list[int]) -> None:
+    """As a search through all places finds it."""
+    places = range(len(marker), len(tokens) + 1)
+    found = (end for end in places if marker and tokens[end - len(marker) : end] == marker)
+    assert first_turn_end(tokens, marker) == next(found, None)
