@@ -21,6 +21,8 @@ from benchmarks.residency import device
 from razor_vllm.turns import Messages, learn_marker
 
 ANSWER = 32
+MOST_STEP = 512
+"""Hits come in no larger steps, in tokens."""
 POLICIES = {
     "full": None,
     "razor, exact": {"prefill": "exact"},
@@ -34,6 +36,8 @@ class Load(NamedTuple):
 
     again: whether each turn asks anew about a text as long as a whole chat, the same in all its
         turns, instead of going on.
+    waiting: whether chats of one turn come one after the other, and each is then asked on, the
+        latest first.
     """
 
     chats: int
@@ -41,6 +45,7 @@ class Load(NamedTuple):
     tokens: int
     window: int
     again: bool = False
+    waiting: bool = False
 
 
 def hits(model: str, job: dict[str, Any]) -> dict[str, int]:
@@ -54,7 +59,7 @@ def hits(model: str, job: dict[str, Any]) -> dict[str, int]:
         additional_config=config,
         dtype="float32",
         enforce_eager=True,
-        max_model_len=load.turns * load.tokens + ANSWER,
+        max_model_len=load.turns * load.tokens + 2 * ANSWER,
         max_num_batched_tokens=512,
         kv_cache_memory_bytes=int(job["kv_bytes"]),
         disable_log_stats=True,
@@ -69,6 +74,8 @@ def hits(model: str, job: dict[str, Any]) -> dict[str, int]:
     asking = learn_marker(render)
     draw = random.Random(0)
     chats: list[list[int]] = [[] for _ in range(load.chats)]
+    if load.waiting:
+        return waiting(llm, params, load, chats, asking)
     prompt_tokens = cached = 0
     for turn in range(1, load.turns + 1):
         for chat in chats:
@@ -86,6 +93,31 @@ def hits(model: str, job: dict[str, Any]) -> dict[str, int]:
             cached += result.num_cached_tokens or 0
             chat += result.outputs[0].token_ids
     return {"prompt_tokens": prompt_tokens, "cached_tokens": cached}
+
+
+def waiting(
+    llm: Any, params: Any, load: Load, chats: list[list[int]], asking: list[int]
+) -> dict[str, int]:
+    """Next turns' prompt tokens and cached ones, and `chats` that were there to the last step.
+
+    A next turn adds 8 tokens. What it takes from the oldest chats, which are asked last, counts
+    against their policy.
+    """
+    draw = random.Random(0)
+    for chat in chats:
+        chat += [draw.randrange(5, 200) for _ in range(load.tokens - ANSWER - len(asking))] + asking
+        (result,) = llm.generate([{"prompt_token_ids": chat}], params, use_tqdm=False)
+        chat += result.outputs[0].token_ids
+    counts = {"prompt_tokens": 0, "cached_tokens": 0, "chats": 0}
+    params.max_tokens = 1
+    for chat in reversed(chats):
+        prompt = [*chat, *[draw.randrange(5, 200) for _ in range(8)], *asking]
+        (result,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        cached = result.num_cached_tokens or 0
+        counts["prompt_tokens"] += len(prompt)
+        counts["cached_tokens"] += cached
+        counts["chats"] += cached >= load.tokens - ANSWER - MOST_STEP
+    return counts
 
 
 def run(model: str, job: dict[str, Any]) -> dict[str, int]:
@@ -107,6 +139,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         found = [(row[name]["cached_tokens"], row[name]["prompt_tokens"]) for name in POLICIES]
         cells = [f"{cached:,} ({cached / prompts:.0%})" for cached, prompts in found]
+        if "chats" in row["full"]:
+            cells = [f"{row[name]['chats']} chats" for name in POLICIES]
         lines.append(f"| {row['kv_bytes'] / 1e6:g} MB | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -120,13 +154,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=495, help="that a turn adds")
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--again", action="store_true", help="questions about one long text")
+    parser.add_argument("--waiting", action="store_true", help="chats of one turn that wait")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job is not None:
         print(json.dumps(hits(args.model, json.loads(args.job))))
         return
-    load = Load(args.chats, args.turns, args.tokens, args.window, args.again)
+    load = Load(args.chats, args.turns, args.tokens, args.window, args.again, args.waiting)
     rows = []
     for kv_bytes in args.kv_bytes:
         row: dict[str, Any] = {"kv_bytes": kv_bytes}

@@ -115,6 +115,11 @@ class _RazorManager(SingleTypeKVCacheManager):
             return []
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
+    def num_cacheable_tokens(self, request: Request, num_tokens: int) -> int:
+        """Those of a request's first `num_tokens` that a later request may find."""
+        part = self.dense_parts[request.request_id]
+        return num_tokens if part.goes_on else min(num_tokens, part.until)
+
     def count_hit(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Count the tokens of pages that a request takes from the prefix cache."""
         self.prefix_cache_hit_tokens += self.block_size * sum(not block.is_null for block in blocks)
@@ -128,9 +133,7 @@ class _RazorManager(SingleTypeKVCacheManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Cache full pages; those past the dense part only where others may find them."""
-        part = self.dense_parts[request.request_id]
-        if not part.goes_on:
-            num_tokens = min(num_tokens, part.until)
+        num_tokens = self.num_cacheable_tokens(request, num_tokens)
         if num_tokens < (self.num_cached_block.get(request.request_id, 0) + 1) * self.block_size:
             return  # no page has filled, as in most steps
         SingleTypeKVCacheManager.cache_blocks(

@@ -87,6 +87,7 @@ class World:
         self.waiting: list[Live] = []
         self.count = 0
         self.hits = 0
+        self.hit_tokens = 0
 
     def add(self, prompt: list[int], asked: str | int) -> None:
         """A request that asks for a policy, or for so many dense tokens (at most its prompt's)."""
@@ -122,6 +123,7 @@ class World:
         if new is None:
             return
         self.hits += computed > 0
+        self.hit_tokens += computed
         self.waiting.pop(0)
         self.live.append(live)
         live.request.num_computed_tokens = computed
@@ -384,6 +386,45 @@ def test_what_a_next_turn_needs_goes_last(monkeypatch) -> None:
     monkeypatch.setattr(LocalManager, "_pages_before", lambda *_: [])
     assert follow_up_hits(76) <= 6
     assert follow_up_hits(130) == 12
+
+
+@pytest.mark.parametrize("prefill", ["chat", "windowed", "exact"])
+@pytest.mark.parametrize("num_tokens", [48, 100, 144, 200, 330])
+def test_a_waiting_chat_needs_what_the_plan_says(prefill: str, num_tokens: int) -> None:
+    """The pages that the next turn takes from the cache; in exact mode those of the last prompt."""
+    config = RazorConfig(window=40, prefill=prefill)  # type: ignore[arg-type]
+    plan = MemoryPlan(config, HEADS, torch.float32, PoolSizes(48, 16), 16)
+    world = World(plan, 200, True)
+    first = num_tokens if prefill == "exact" else 30
+    world.add([5] * (first - 2) + MARKER, "razor")
+    request = world.live[-1].request
+    run_out(world, num_tokens)
+    text = list(request.all_token_ids[:num_tokens])
+    world.add([*text, *[6] * 60], "razor")
+    blocks, computed, _ = world.manager.get_computed_blocks(world.live[-1].request)
+    assert computed == num_tokens - num_tokens % plan.hit_tokens
+    held = sum(not block.is_null for group in blocks.blocks for block in group)
+    assert held == plan.waiting_pages(num_tokens)
+
+
+def test_others_begin_like_a_dense_prefix_that_was_found(monkeypatch) -> None:
+    """Many chats about one text: its local pages stay, though no next turn needs them."""
+
+    def found(num_blocks: int) -> int:
+        config = RazorConfig(window=16, prefill="chat")
+        plan = MemoryPlan(config, HEADS, torch.float32, PoolSizes(16, 16), 16)
+        world = World(plan, num_blocks, True)
+        for number in range(8):
+            world.add([*[9] * 160, *[10 + number] * 40, *MARKER], "razor")
+            run_out(world, 300)
+        return world.hit_tokens
+
+    assert found(70) == 7 * 160
+    whole = LocalManager._hit_pages
+    monkeypatch.setattr(
+        LocalManager, "_hit_pages", lambda *args: range(0) if args[-1] == 160 else whole(*args)
+    )
+    assert found(70) < 7 * 160
 
 
 class CountingPool:
