@@ -17,6 +17,7 @@ COLOURS = {
     "stock": "#7f7f7f",
     "full": "#4477aa",
     "razor": "#cc6633",
+    "razor-chat": "#aa3377",
     "razor-windowed": "#228833",
 }
 _MIB = 1024**2

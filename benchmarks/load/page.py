@@ -42,6 +42,7 @@ ROWS: tuple[tuple[str, Callable[[Figures], Any], float, str], ...] = (
     ("time to first token, median, s", _at("ttft", "p50"), 1, ",.2f"),
     ("time to first token, 90 %, s", _at("ttft", "p90"), 1, ",.2f"),
     ("time to first token, 99 %, s", _at("ttft", "p99"), 1, ",.2f"),
+    ("the same of a chat's later turns, median, s", _at("follow_up_ttft", "p50"), 1, ",.2f"),
     ("inter-token latency, median, ms", _at("gap", "p50"), 1e3, ",.1f"),
     ("inter-token latency, 90 %, ms", _at("gap", "p90"), 1e3, ",.1f"),
     ("inter-token latency, 99 %, ms", _at("gap", "p99"), 1e3, ",.1f"),

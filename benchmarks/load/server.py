@@ -21,6 +21,7 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "stock": (),
     "full": ("--kv-policy", "full"),
     "razor": ("--kv-policy", "razor"),
+    "razor-chat": ("--kv-policy", "razor", "--razor-prefill", "chat"),
     "razor-windowed": ("--kv-policy", "razor", "--razor-prefill", "windowed"),
 }
 """Names of the policies, and the options that ask for them; stock is vLLM without the plugin."""

@@ -24,8 +24,9 @@ def summarise(measured: Measured) -> dict[str, Any]:
     Returns:
         requests, output_tokens, prompt_tokens: counts. seconds: from the first request's
         start to the last one's end. output_tokens_per_second, requests_per_second.
-        ttft, gap, seconds_per_request: percentiles. preemptions, most_running,
-        mean_running, mean_waiting, most_kv_usage, hit_share: of the server's samples.
+        ttft, follow_up_ttft (a chat's later turns), gap, request_seconds: percentiles.
+        preemptions, most_running, mean_running, mean_waiting, most_kv_usage, hit_share: of the
+        server's samples.
     """
     records = measured.records
     done = [record for record in records if record.outcome == "done"]
@@ -39,6 +40,7 @@ def summarise(measured: Measured) -> dict[str, Any]:
         "output_tokens_per_second": output / seconds if seconds else 0.0,
         "requests_per_second": len(done) / seconds if seconds else 0.0,
         "ttft": percentiles(first_tokens(done)),
+        "follow_up_ttft": percentiles(first_tokens([r for r in done if r.turn > 0])),
         "gap": percentiles(gaps(done)),
         "request_seconds": percentiles([record.seconds for record in done]),
         **server_figures(measured.samples, seconds),

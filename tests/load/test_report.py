@@ -33,7 +33,7 @@ def measured(speed: float, pools: bool) -> Measured:
     """Four requests one after the other; `speed` times as fast."""
     records = [
         Record(
-            index, 0, "chat", index / speed, 3, False, 200, "done", "", 50, 0, 3,
+            index, index % 2, "chat", index / speed, 3, False, 200, "done", "", 50, 0, 3,
             ttft=0.4 / speed, gaps=[0.1 / speed, 0.2 / speed], seconds=0.7 / speed,
         )
         for index in range(4)
@@ -160,10 +160,11 @@ def test_each_policy_is_asked_for() -> None:
     commands = {policy: command("m", policy, 1, []) for policy in POLICIES}
     assert "vllm.entrypoints.cli.main" in commands["stock"]
     assert "--kv-policy" not in commands["stock"]
-    for policy in ("full", "razor", "razor-windowed"):
+    for policy in ("full", "razor", "razor-chat", "razor-windowed"):
         assert "razor_serving.cli" in commands[policy]
         assert commands[policy][commands[policy].index("--kv-policy") + 1] == policy.split("-")[0]
-    assert commands["razor-windowed"][-2:] == ["--razor-prefill", "windowed"]
+    for mode in ("chat", "windowed"):
+        assert commands[f"razor-{mode}"][-2:] == ["--razor-prefill", mode]
 
 
 def test_options_become_the_workload() -> None:
