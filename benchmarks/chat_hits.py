@@ -133,22 +133,26 @@ def run(model: str, job: dict[str, Any]) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Cached tokens, a row a memory, a column a policy."""
-    lines = ["| KV memory | " + " | ".join(POLICIES) + " |", "|---" * (1 + len(POLICIES)) + "|"]
+def table(rows: list[dict[str, Any]], policies: list[str]) -> str:
+    """Cached tokens, or chats that were there, a row a memory, a column a policy."""
+    lines = ["| KV memory | " + " | ".join(policies) + " |", "|---" * (1 + len(policies)) + "|"]
     for row in rows:
-        found = [(row[name]["cached_tokens"], row[name]["prompt_tokens"]) for name in POLICIES]
-        cells = [f"{cached:,} ({cached / prompts:.0%})" for cached, prompts in found]
-        if "chats" in row["full"]:
-            cells = [f"{row[name]['chats']} chats" for name in POLICIES]
+        cells = [_cell(row[name]) for name in policies]
         lines.append(f"| {row['kv_bytes'] / 1e6:g} MB | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(found: dict[str, int]) -> str:
+    if "chats" in found:
+        return f"{found['chats']} chats"
+    return f"{found['cached_tokens']:,} ({found['cached_tokens'] / found['prompt_tokens']:.0%})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--kv-bytes", type=float, nargs="+", default=[40e6, 60e6, 80e6])
+    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     parser.add_argument("--chats", type=int, default=6)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=495, help="that a turn adds")
@@ -165,11 +169,11 @@ def main() -> None:
     rows = []
     for kv_bytes in args.kv_bytes:
         row: dict[str, Any] = {"kv_bytes": kv_bytes}
-        for name, razor in POLICIES.items():
-            job = {"razor": razor, "kv_bytes": kv_bytes, "load": load._asdict()}
+        for name in args.policies:
+            job = {"razor": POLICIES[name], "kv_bytes": kv_bytes, "load": load._asdict()}
             row[name] = run(args.model, job)
         rows.append(row)
-    print(table(rows))
+    print(table(rows, args.policies))
     if args.output is not None:
         command = " ".join(["python -m benchmarks.chat_hits", *sys.argv[1:]])
         results = {"command": command, "device": device(), "load": load._asdict(), "rows": rows}

@@ -12,7 +12,7 @@ from razor_vllm.flags import options_of
     ("options", "message"),
     [
         ({"policy": "half"}, "policy is 'half'; accepted are full, razor"),
-        ({"prefill": "lazy"}, "prefill is 'lazy'; accepted are exact, windowed"),
+        ({"prefill": "lazy"}, "prefill is 'lazy'; accepted are exact, chat, windowed"),
         ({"window": -1}, "window is -1"),
         ({"window": 12.5}, "window is 12.5"),
         ({"window": "4096"}, "window is '4096'"),

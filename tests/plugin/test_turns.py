@@ -1,11 +1,15 @@
 """What ends a chat's first turn: learned from chat templates of every kind, found in prompts."""
 
+from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from razor_vllm.compat import _turn
 from razor_vllm.turns import Messages, first_turn_end, learn_marker
 
 
@@ -22,6 +26,7 @@ def rendered(message: str, prompt: str, opening: str = "") -> Callable[[Messages
     return render
 
 
+BARE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 CHATML = "<|im_start|>{role}\n{content}<|im_end|>\n"
 
 
@@ -88,3 +93,55 @@ def test_the_first_place(tokens: list[int], marker: list[int]) -> None:
     places = range(len(marker), len(tokens) + 1)
     found = (end for end in places if marker and tokens[end - len(marker) : end] == marker)
     assert first_turn_end(tokens, marker) == next(found, None)
+
+
+@pytest.mark.parametrize(
+    ("template", "as_file", "marker", "note"),
+    [
+        (None, False, [3], "'<assistant>' ends the first turn"),
+        (
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            False,
+            [],
+            "no generation prompt",
+        ),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", True, [], "no generation prompt"),
+        ("{{ bad(", False, [], "renders no chat"),
+    ],
+)
+def test_the_template_that_the_server_is_given(
+    model_dir: Path, tmp_path: Path, template: str | None, as_file: bool, marker: list, note: str
+) -> None:
+    """`--chat-template` as text or file, else the tokenizer's; the note says if it has no turns."""
+    if template is not None and as_file:
+        path = tmp_path / "template.jinja"
+        path.write_text(template, encoding="utf-8")
+        template = str(path)
+    turn = _turn(model_config(model_dir), Namespace(chat_template=template))
+    assert list(turn.marker) == marker
+    assert note in turn.note
+    assert ("as in exact mode" in turn.note) == (not marker)
+
+
+def model_config(model_dir: Path, **options: object) -> SimpleNamespace:
+    """What vLLM reads of its ModelConfig to find tokenizer and template."""
+    defaults = {
+        "model": str(model_dir),
+        "tokenizer": str(model_dir),
+        "tokenizer_mode": "auto",
+        "tokenizer_revision": None,
+        "runner_type": "generate",
+        "trust_remote_code": False,
+        "code_revision": None,
+        "skip_tokenizer_init": False,
+        "hf_config": SimpleNamespace(model_type="llama"),
+        "is_multimodal_model": False,
+    }
+    return SimpleNamespace(**{**defaults, **options})
+
+
+def test_no_tokenizer(model_dir: Path) -> None:
+    """`--skip-tokenizer-init`: no template, no turns."""
+    turn = _turn(model_config(model_dir, skip_tokenizer_init=True), None)
+    assert turn.marker == []
+    assert "there is no tokenizer" in turn.note
