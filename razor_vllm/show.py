@@ -141,7 +141,7 @@ def plan_text(
         f"evening-out costs {held * len(ranks) / ideal - 1:.1%} over one device's layout",
         f"{fit} such requests fit {kv_bytes:,} bytes a rank (full policy: {kv_bytes // full})",
         f"a chat of that length that waits for its next turn keeps {waiting * first.page_bytes:,} "
-        f"bytes ({config.prefill} prefill): {max(pages, 0) // waiting} chats",
+        f"bytes ({config.prefill} prefill): {max(pages, 0) // waiting} such chats fit",
     ]
     return "\n".join(lines)
 

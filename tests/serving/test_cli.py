@@ -173,6 +173,7 @@ def test_plan_prints_slots_and_what_fits(model_dir: Path, monkeypatch, capsys) -
     assert "4 ranks (tp 2, pp 2): 2 retrieval and 2 local slots each" in out
     assert "rank 1: layers 0-1, KV heads 2-3, 2 retrieve" in out
     assert "such requests fit 268,435,456 bytes a rank" in out
+    assert "(exact prefill): " in out
     for arguments in (["--tp", "3"], ["--pp", "9"], ["--window", "9000"]):
         with pytest.raises(SystemExit) as stop:
             razor(monkeypatch, *plan, *arguments)
