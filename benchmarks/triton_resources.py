@@ -69,13 +69,15 @@ class Model(NamedTuple):
     max_queries: int = 1
     soft_cap: float = 0.0
     alibi: bool = False
+    sinks: bool = False
 
     @property
     def name(self) -> str:
         dtypes = self.dtype if self.dtype == self.stored else f"{self.dtype}/{self.stored}"
         parts = [dtypes, f"d{self.head_dim}", f"g{self.group}"]
         parts += [f"q{self.max_queries}"] * (self.max_queries > 1)
-        return "-".join(parts + ["cap"] * (self.soft_cap > 0) + ["alibi"] * self.alibi)
+        parts += ["cap"] * (self.soft_cap > 0) + ["alibi"] * self.alibi
+        return "-".join(parts + ["sinks"] * self.sinks)
 
 
 PAIRS = (
@@ -103,6 +105,7 @@ MODELS = (
     Model("bf16", "fp8", 256, 2, soft_cap=50.0),
     Model("fp32", "fp32", 256, 2, soft_cap=50.0),
     Model("bf16", "bf16", 128, 1, alibi=True),
+    *(Model("bf16", stored, 64, 8, sinks=True) for stored in ("bf16", "fp8")),
 )
 
 
@@ -227,8 +230,15 @@ def launch(model: Model, capability: int) -> None:
     pools = (PoolPages(caches[0], layouts[0], None), PoolPages(caches[1], layouts[1], window))
     index = torch.arange(NUM_KV_HEADS, dtype=torch.int32)
     heads = LayerHeads(index % 2, index // 2)
-    slopes = torch.ones(NUM_KV_HEADS * model.group) if model.alibi else None
-    params = AttentionParams(model.head_dim**-0.5, model.soft_cap, slopes, 0.5, 0.5)
+    ones = torch.ones(NUM_KV_HEADS * model.group)
+    params = AttentionParams(
+        model.head_dim**-0.5,
+        model.soft_cap,
+        alibi_slopes=ones if model.alibi else None,
+        k_scale=0.5,
+        v_scale=0.5,
+        sink_logits=ones if model.sinks else None,
+    )
     for num_queries in (1, 64):
         step = replace(_step((1000, num_queries)), pools=pools)
         rows = torch.zeros(2 * num_queries, NUM_KV_HEADS, model.group + 2, model.head_dim)

@@ -188,6 +188,7 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
         self.logits_soft_cap = logits_soft_cap
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sinks = sinks
         self.vllm_config = get_current_vllm_config()
         self.layer: _Layer | None = None
 
@@ -246,6 +247,7 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
             k_scale=layer._k_scale_float,
             v_scale=layer._v_scale_float,
             compensation=attached.config.compensation,
+            sink_logits=None if self.sinks is None else self.sinks.detach().float().contiguous(),
         )
         heads = attached.layer_heads(name)
         self.layer = _Layer(attached, attached.form, heads, params)
@@ -276,6 +278,11 @@ class RazorAttentionBackend(AttentionBackend):
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """A page is contiguous, and so is a slot within it."""
         return (KVCacheLayout.BLHNC,)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Learned sinks (gpt-oss), see `AttentionParams.sink_logits`."""
+        return True
 
     @staticmethod
     def get_name() -> str:

@@ -85,8 +85,6 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
             raise _refuse(f"layer {name} with a sliding window of {layer.sliding_window}")
         if layer.kv_sharing_target_layer_name is not None:
             raise _refuse(f"layer {name}, which shares another layer's KV cache,")
-        if layer.has_sink:
-            raise _refuse(f"layer {name} with learned attention sinks")
         if layer.kv_cache_torch_dtype not in _DTYPES:
             raise _refuse(f"layer {name} with a KV cache of {layer.kv_cache_torch_dtype}")
         scales: tuple[Any, ...] = (layer._k_scale, layer._v_scale)

@@ -50,6 +50,7 @@ class Shape(NamedTuple):
     soft_cap: float = 0.0
     alibi: bool = False
     head_major: bool = False
+    learned_sinks: bool = False
 
     @property
     def name(self) -> str:
@@ -57,7 +58,8 @@ class Shape(NamedTuple):
         parts.append(f"pages{self.retrieval_block}-{self.local_block}")
         parts += [str(self.stored)[6:]] if self.stored else []
         parts += ["cap"] if self.soft_cap else []
-        return "-".join(parts + ["alibi"] * self.alibi + ["heads-first"] * self.head_major)
+        parts += ["alibi"] * self.alibi + ["heads-first"] * self.head_major
+        return "-".join(parts + ["learned-sinks"] * self.learned_sinks)
 
 
 CASES = (
@@ -101,6 +103,8 @@ SHAPES = (
     Shape(torch.bfloat16, 1, 64, stored=torch.float8_e4m3fn),
     Shape(torch.float32, 4, 64, head_major=True),
 )
+
+SINK_SHAPES = tuple(shape._replace(learned_sinks=True) for shape in SHAPES)
 
 
 class Pages:
@@ -146,7 +150,10 @@ def draw(length: int, shape: Shape) -> Tensors:
 def params_of(shape: Shape, compensation: bool = True) -> AttentionParams:
     """Scales of a quantized cache are no powers of two: they must be reckoned with."""
     quantized = shape.stored is not None
-    slopes = torch.linspace(0.02, 0.3, NUM_KV_HEADS * shape.group) if shape.alibi else None
+    num_heads = NUM_KV_HEADS * shape.group
+    slopes = torch.linspace(0.02, 0.3, num_heads) if shape.alibi else None
+    # From next to no weight to nearly all of it.
+    sinks = torch.linspace(-4.0, 9.0, num_heads) if shape.learned_sinks else None
     return AttentionParams(
         scale=shape.head_dim**-0.5,
         soft_cap=shape.soft_cap,
@@ -154,6 +161,7 @@ def params_of(shape: Shape, compensation: bool = True) -> AttentionParams:
         k_scale=0.013 if quantized else 1.0,
         v_scale=0.017 if quantized else 1.0,
         compensation=compensation,
+        sink_logits=sinks,
     )
 
 
@@ -253,6 +261,7 @@ class Feed:
             params.compensation,
             params.soft_cap,
             params.alibi_slopes,
+            params.sink_logits,
         ).view(q.shape)
 
 
@@ -304,8 +313,10 @@ def check(form, case: Case, shape: Shape, compensation: bool = True) -> None:
 class Far:
     """One request of 128k tokens whose pages are a few physical ones, over and over."""
 
-    def __init__(self, length: int = 131_072) -> None:
+    def __init__(self, length: int = 131_072, learned_sinks: bool = False) -> None:
         torch.manual_seed(5)
+        # A sink beside so many tokens: its share of the weight is from 0.1 % to 95 %.
+        self.sinks = torch.linspace(5.0, 15.0, 8) if learned_sinks else None
         self.length, self.size, head_dim = length, 32, 64
         layout = PageLayout(self.size, head_dim, torch.float32, has_tail=True)
         cache = torch.randn(5, 2, layout.rows, 2 * head_dim)
@@ -330,9 +341,8 @@ class Far:
     def run(self, form) -> torch.Tensor:
         out = torch.full_like(self.query, torch.nan)
         form.plan(self.step)
-        form.attention(
-            self.query, self.heads, self.step, params_of(Shape(torch.float32, 4, 64)), out
-        )
+        params = AttentionParams(64**-0.5, sink_logits=self.sinks)
+        form.attention(self.query, self.heads, self.step, params, out)
         return out
 
     def expected(self) -> torch.Tensor:
@@ -349,4 +359,12 @@ class Far:
         seen = torch.cat([logits[1, :, :4], logits[1, :, start:]], dim=-1)
         seen = torch.cat([seen, (q[1] @ slot_k)[:, None] + torch.tensor(num_dropped).log()], -1)
         seen_v = torch.cat([v[1, :4], v[1, start:], slot_v[None]])
-        return torch.stack([logits[0].softmax(-1) @ v[0], seen.softmax(-1) @ seen_v])[None]
+        return torch.stack([self._softmax(logits[0], 0) @ v[0], self._softmax(seen, 1) @ seen_v])[
+            None
+        ]
+
+    def _softmax(self, logits: torch.Tensor, head: int) -> torch.Tensor:
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sinks = self.sinks.double().view(2, 4, 1)[head]
+        return torch.cat([logits, sinks], -1).softmax(-1)[:, :-1]

@@ -87,6 +87,7 @@ struct Layer {
   const int32_t* pool_of;
   const int32_t* slot_of;
   const float* slopes;  // null without ALiBi
+  const float* sinks;   // logits; null without learned sinks
   int32_t num_kv_heads;
   int32_t group;
   int32_t head_dim;
@@ -674,6 +675,14 @@ class Worker {
     std::fill(s_.acc, s_.acc + rows_ * head_dim_, 0.0f);
     std::fill(s_.m, s_.m + rows_, kNone);
     std::fill(s_.l, s_.l + rows_, 0.0f);
+    if (layer_.sinks && task.begin == 0) begin_with_sinks(task);
+  }
+
+  // A learned sink is a key of no value that comes first, so only in a row's first span.
+  void begin_with_sinks(const Task& task) {
+    for (int r = 0; r < rows_; ++r)
+      s_.m[r] = layer_.sinks[task.head * layer_.group + r % layer_.group] * kLog2E;
+    std::fill(s_.l, s_.l + rows_, 1.0f);
   }
 
   // The next tile's keys; returns where the one after it begins.

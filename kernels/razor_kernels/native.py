@@ -64,6 +64,7 @@ class _Layer(ctypes.Structure):
         ("pool_of", ctypes.c_void_p),
         ("slot_of", ctypes.c_void_p),
         ("slopes", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
         ("num_kv_heads", ctypes.c_int32),
         ("group", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
@@ -289,6 +290,14 @@ def _pool(pages: PoolPages, tables: PoolTables) -> _Pool:
     )
 
 
+def _by_head(numbers: torch.Tensor | None) -> int | None:
+    """Address of one fp32 a query head."""
+    if numbers is None:
+        return None
+    _check_row(numbers, torch.float32)
+    return numbers.data_ptr()
+
+
 def _layer(
     heads: LayerHeads,
     params: AttentionParams,
@@ -299,13 +308,11 @@ def _layer(
 ) -> _Layer:
     for tensor in (heads.pool_of, heads.slot_of):
         _check_row(tensor, torch.int32)
-    slopes = params.alibi_slopes
-    if slopes is not None:
-        _check_row(slopes, torch.float32)
     return _Layer(
         pool_of=heads.pool_of.data_ptr(),
         slot_of=heads.slot_of.data_ptr(),
-        slopes=None if slopes is None else slopes.data_ptr(),
+        slopes=_by_head(params.alibi_slopes),
+        sinks=_by_head(params.sink_logits),
         num_kv_heads=len(heads.pool_of),
         group=group,
         head_dim=head_dim,

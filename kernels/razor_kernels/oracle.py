@@ -18,6 +18,7 @@ def attention(
     compensation: bool = True,
     soft_cap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """RazorAttention of one sequence (arXiv 2407.15891, eq. 4 and 5).
 
@@ -28,7 +29,7 @@ def attention(
         k^ = mean of the dropped k, v^ = mean of the dropped v, q already scaled
 
     A soft-cap and ALiBi change the logits q.k as in `step`; a slot's position is the mean
-    position of the dropped tokens.
+    position of the dropped tokens. A learned sink adds e^s to the denominator.
 
     Args:
         query: `[num_queries, num_heads, head_dim]`, the last `num_queries` positions.
@@ -41,6 +42,7 @@ def attention(
         compensation: without it the dropped tokens leave no trace.
         soft_cap: logits become `soft_cap * tanh(logit / soft_cap)`; 0 for none.
         alibi_slopes: `[num_heads]`; a logit grows by slope * (key's - query's position).
+        sink_logits: `[num_heads]`, s of each head's learned sink.
 
     Returns:
         fp64 `[num_queries, num_heads, head_dim]`.
@@ -53,6 +55,9 @@ def attention(
     slopes = torch.zeros(num_kv_heads, group, dtype=torch.float64)
     if alibi_slopes is not None:
         slopes = alibi_slopes.double().view(num_kv_heads, group)
+    sinks = torch.full((num_kv_heads, group, 1), -torch.inf, dtype=torch.float64)
+    if sink_logits is not None:
+        sinks = sink_logits.double().view(num_kv_heads, group, 1)
     out = torch.empty_like(q)
     for row in range(num_queries):
         t = seq_len - num_queries + row
@@ -71,7 +76,8 @@ def attention(
                 logits = soft_cap * torch.tanh(logits / soft_cap)
             logits = logits + slopes[heads].unsqueeze(-1) * (seen.positions - t)
             logits = logits + seen.weights.log()
-            out[row, heads] = torch.einsum("hgn,nhd->hgd", logits.softmax(-1), seen.v)
+            weights = torch.cat([logits, sinks[heads]], -1).softmax(-1)[..., :-1]
+            out[row, heads] = torch.einsum("hgn,nhd->hgd", weights, seen.v)
     return out.view(query.shape)
 
 

@@ -274,6 +274,7 @@ def attention(
     segments: tuple[Segment, ...],
     params: AttentionParams,
     slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """Attention of one layer's heads of one pool (the formula of `oracle.attention`).
@@ -282,6 +283,7 @@ def attention(
         query: `[num_tokens, num_slots, group, head_dim]`.
         cache: `[num_pages, num_slots, rows, 2 * head_dim]`.
         slopes: of ALiBi, fp32 `[num_slots, group]`, or None.
+        sinks: logits of learned sinks, fp32 `[num_slots, group]`, or None.
         out: like query; rows of the segments are written to, others left alone.
     """
     scale = params.scale * params.k_scale
@@ -291,8 +293,8 @@ def attention(
         rows = slice(segment.start, segment.stop)
         k, v = _gather(cache, layout, segment, dtype)
         q = query[rows].permute(1, 2, 0, 3).to(dtype)  # [num_slots, group, T, D]
-        if params.soft_cap > 0 or slopes is not None:
-            result = _attend_with_cap_or_alibi(q, k, v, segment, params, slopes)
+        if params.soft_cap > 0 or slopes is not None or sinks is not None:
+            result = _attend_by_logits(q, k, v, segment, params, slopes, sinks)
         elif q.shape[2] == 1:
             # One query: the group becomes the query dimension, and K and V are read once.
             result = F.scaled_dot_product_attention(
@@ -311,15 +313,16 @@ def attention(
         out[rows] = (result * params.v_scale).permute(2, 0, 1, 3)
 
 
-def _attend_with_cap_or_alibi(
+def _attend_by_logits(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     segment: Segment,
     params: AttentionParams,
     slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with a soft-cap or ALiBi: in fp32, with the whole matrix of logits."""
+    """Attention with a soft-cap, ALiBi or sinks: in fp32, with the whole matrix of logits."""
     logits = (q.float() * (params.scale * params.k_scale)) @ k.float().transpose(-1, -2)
     if params.soft_cap > 0:
         logits = params.soft_cap * torch.tanh(logits / params.soft_cap)
@@ -333,7 +336,11 @@ def _attend_with_cap_or_alibi(
         logits = logits.masked_fill(~segment.bias, -math.inf)
     elif segment.bias is not None:
         logits = logits + segment.bias
-    return (logits.softmax(-1) @ v.float()).to(q.dtype)
+    if sinks is not None:
+        column = sinks[:, :, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, column], dim=-1)
+    weights = logits.softmax(-1)[..., : k.shape[-2]]
+    return (weights @ v.float()).to(q.dtype)
 
 
 def _gather(
@@ -404,13 +411,14 @@ class PagedForm:
     ) -> None:
         """Attention of every query head over its KV head's pages."""
         for pool, plan, own in self._pools(heads, step, params):
-            slopes = params.alibi_slopes
-            if slopes is not None:
-                slopes = slopes.view(query.shape[1:3])[own.heads]
+            slopes, sinks = (
+                None if x is None else x.view(query.shape[1:3])[own.heads]
+                for x in (params.alibi_slopes, params.sink_logits)
+            )
             q = query[:, own.heads]
             result = torch.zeros_like(q)
             cache = pool.cache[:, own.slots]
-            attention(q, cache, pool.layout, plan.reads, params, slopes, result)
+            attention(q, cache, pool.layout, plan.reads, params, slopes, sinks, result)
             num_rows = sum(segment.stop - segment.start for segment in plan.reads)
             out[:num_rows, own.heads] = result[:num_rows]
 

@@ -18,7 +18,8 @@ The logit of a query at position t and a key at position j is
     l = scale * q.k_j;  l = soft_cap * tanh(l / soft_cap);  l += slope * (j - t)
 
 each of the last two only where the model has it. A compensation slot's logit has k^ for
-k_j, the mean position of the dropped tokens for j, and ln N added.
+k_j, the mean position of the dropped tokens for j, and ln N added. A learned sink is one
+more logit of each row, as it stands, whose value is zero: it adds weight alone.
 """
 
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ class AttentionParams:
     """How logits and outputs are computed from what is stored.
 
     scale: factor on q.k. soft_cap: 0 for none. alibi_slopes: fp32 `[num_heads]`, or None.
+    sink_logits: of learned sinks (gpt-oss), fp32 `[num_heads]`, or None.
     k_scale, v_scale: of a quantized cache, 1 otherwise. compensation: whether the mean of a
         local head's dropped tokens takes their place, or nothing does.
     """
@@ -105,3 +107,4 @@ class AttentionParams:
     k_scale: float = 1.0
     v_scale: float = 1.0
     compensation: bool = True
+    sink_logits: torch.Tensor | None = None

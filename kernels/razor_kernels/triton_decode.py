@@ -29,6 +29,7 @@ from razor_kernels.triton_tile import (
     LogitParams,
     Pool,
     accumulate,
+    begin_rows,
     first_window_page,
     keys_of,
     load_kv,
@@ -346,7 +347,7 @@ def _merge_kernel(
 ):
     """Row program_id(2) of KV head program_id(1) of request program_id(0).
 
-    out = v_scale * (sum of 2^lse_u out_u + 2^logit v^) / (sum of 2^lse_u + 2^logit)
+    out = v_scale * (sum of 2^lse_u out_u + 2^logit v^) / (sum of 2^lse_u + 2^logit + 2^sink)
     """
     GROUP: tl.constexpr = query.GROUP
     request, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -368,8 +369,9 @@ def _merge_kernel(
         dims = tl.arange(0, BLOCK_D)
         in_dims = dims < HEAD_DIM
         acc = tl.zeros([BLOCK_D], tl.float32)
-        m_i = tl.max(tl.full([BLOCK_N], float("-inf"), tl.float32), 0)
-        l_i = tl.sum(tl.zeros([BLOCK_N], tl.float32), 0)
+        group = row % GROUP
+        query_head = (head * GROUP + group).to(tl.int32)
+        m_i, l_i = begin_rows(logit_params, query_head)
         for start in range(first, end, BLOCK_N):
             item = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
             unit = (first_unit + item * num_heads).to(tl.int64)  # [BLOCK_N]
@@ -382,7 +384,6 @@ def _merge_kernel(
             acc, m_i, l_i = _join(acc, m_i, l_i, lse, values)  # acc: [BLOCK_D]
 
         token = (first_token + row // GROUP).to(tl.int64)
-        group = row % GROUP
         if COMPENSATION and local is not None:
             position = tl.load(batch.seq_lens_ptr + request) - query_len + row // GROUP
             until = tl.load(batch.dense_until_ptr + request)
@@ -390,7 +391,6 @@ def _merge_kernel(
                 q_ptr = query.ptr + token * query.stride_token + head * query.stride_head
                 q = tl.load(q_ptr + group * query.stride_group + dims, mask=in_dims, other=0.0)
                 slot = tl.load(heads.slot_of_ptr + head).to(tl.int64)
-                query_head = (head * GROUP + group).to(tl.int32)
                 q = q.to(tl.float32)
                 logit, v = _slot_term(
                     local, logit_params, request, slot, query_head, q, position, GROUP, BLOCK_D

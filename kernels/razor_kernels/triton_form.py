@@ -257,6 +257,7 @@ class TritonForm:
         logit_params = LogitParams(
             params.scale * params.k_scale,
             params.alibi_slopes,
+            params.sink_logits,
             tl.constexpr(params.soft_cap),
             tl.constexpr(precision),
         )

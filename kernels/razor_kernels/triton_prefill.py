@@ -22,6 +22,7 @@ from razor_kernels.triton_tile import (
     LogitParams,
     Pool,
     accumulate,
+    begin_rows,
     first_window_page,
     keys_of,
     load_kv,
@@ -159,7 +160,8 @@ def _attend_block(
     q_ptr = query.ptr + head * query.stride_head
     q_ptr += (token * query.stride_token + rows % GROUP * query.stride_group)[:, None]
     q = tl.load(q_ptr + dims[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
-    slopes = load_slopes(logit_params, (head * GROUP + rows % GROUP).to(tl.int32))  # [BLOCK_M]
+    query_heads = (head * GROUP + rows % GROUP).to(tl.int32)  # [BLOCK_M]
+    slopes = load_slopes(logit_params, query_heads)  # [BLOCK_M]
 
     num_sinks, gap, length = keys_of(pool, first, last, until)
     num_tiles = tl.cdiv(length, BLOCK_N)
@@ -175,8 +177,7 @@ def _attend_block(
 
     keys = num_sinks, gap, length
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i, l_i = begin_rows(logit_params, query_heads)  # [BLOCK_M]
     if pool.LOCAL and NUM_SLOTS > 0:  # noqa: SIM102 - the outer is static
         # The slots come first: after the tiles, q would stay in registers throughout.
         if last >= until:

@@ -68,6 +68,7 @@ class LogitParams(NamedTuple):
 
     scale: float
     slopes_ptr: torch.Tensor | None
+    sinks_ptr: torch.Tensor | None
     SOFT_CAP: tl.constexpr
     PRECISION: tl.constexpr
 
@@ -211,6 +212,20 @@ def load_slopes(logit_params, heads):
         return tl.load(logit_params.slopes_ptr + heads)
     else:
         return heads.to(tl.float32) * 0
+
+
+@triton.jit
+def begin_rows(logit_params, heads):
+    """m_i and l_i of rows that have read no key yet, for their query heads.
+
+    A learned sink is a logit of weight 1 whose value is zero: it comes first, once a row.
+    """
+    if logit_params.sinks_ptr is not None:
+        m_i = tl.load(logit_params.sinks_ptr + heads) * LOG2E
+        return m_i, m_i * 0 + 1
+    else:
+        zeros = heads.to(tl.float32) * 0
+        return zeros - float("inf"), zeros
 
 
 @triton.jit

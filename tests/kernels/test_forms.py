@@ -1,7 +1,9 @@
 """The forms that run on a CPU, PyTorch's and the native one, against the oracle."""
 
 import logging
+import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +13,7 @@ from kernel_cases import (
     CASES,
     NUM_KV_HEADS,
     SHAPES,
+    SINK_SHAPES,
     Case,
     Far,
     Feed,
@@ -38,7 +41,7 @@ def is_long(case: Case) -> bool:
 
 TABLE = [
     pytest.param(case, shape, id=f"{case.name}-{shape.name}")
-    for number, shape in enumerate(SHAPES)
+    for number, shape in enumerate((*SHAPES, *SINK_SHAPES))
     for case in CASES
     if number < 1 or not is_long(case)
 ]
@@ -63,6 +66,18 @@ def test_a_slot_changes_the_output(form) -> None:
     with_slot, without = (feed.run(form, params_of(SHAPES[0], c))[0][:, 1] for c in (True, False))
     assert (with_slot[:64] - without[:64]).abs().max() == 0
     assert (with_slot[150:] - without[150:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("logit", "share"), [(-math.inf, 1.0), (-60.0, 1.0), (90.0, 0.0)])
+def test_a_learned_sink_at_its_ends(form, logit: float, share: float) -> None:
+    """A sink without weight changes nothing; one with all of it leaves zeros."""
+    torch.manual_seed(2)
+    feed = Feed(Case("", (Request((150, 1), 0),), window=32), SHAPES[0])
+    params = params_of(SHAPES[0])
+    plain = feed.run(form, params)[0]
+    sinks = torch.full((NUM_KV_HEADS * 2,), logit)
+    out = feed.run(form, replace(params, sink_logits=sinks))[0]
+    torch.testing.assert_close(out, plain * share, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[6]], ids=lambda shape: shape.name)
@@ -101,9 +116,10 @@ def test_far_positions(form) -> None:
     torch.testing.assert_close(far.run(form).double(), far.expected(), rtol=1e-4, atol=1e-5)
 
 
-def test_threads_change_rounding_only(monkeypatch) -> None:
-    """With more threads than one, long rows are cut and merged by log-sum-exp."""
-    far, found = Far(16_384), []
+@pytest.mark.parametrize("learned_sinks", [False, True])
+def test_threads_change_rounding_only(monkeypatch, learned_sinks: bool) -> None:
+    """With more threads than one, long rows are cut and merged; a sink counts once."""
+    far, found = Far(16_384, learned_sinks), []
     for num_threads in (1, 3):
         # `set_num_threads` does nothing once vLLM has bound a process's threads.
         monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)

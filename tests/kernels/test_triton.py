@@ -7,7 +7,7 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 import pytest
-from kernel_cases import CASES, SHAPES, Case, Request, Shape
+from kernel_cases import CASES, SHAPES, SINK_SHAPES, Case, Request, Shape
 from triton_forms import (
     Variant,
     check_far,
@@ -72,6 +72,12 @@ ROWS = [
     Row(TELLING, SHAPES[4], Variant(1, 80)),
     Row(BY_NAME["mixed batch"], SHAPES[2], compensation=False),
     Row(TELLING, SHAPES[0], compensation=False),
+    *(Row(TELLING, shape) for shape in SINK_SHAPES if not shape.group == WIDE_GROUP.group),
+    *(Row(BY_NAME[name], SINK_SHAPES[0]) for name in ("on a page edge", "mixed batch")),
+    Row(BY_NAME["on a page edge"], SINK_SHAPES[5]),
+    Row(DRAFTED, SINK_SHAPES[0], Variant(4)),
+    Row(DRAFTED_RATIO, SINK_SHAPES[8], Variant(4)),
+    Row(TELLING, SINK_SHAPES[0], compensation=False),
 ]
 
 CHECKS: dict[str, tuple[Callable[..., None], tuple]] = {

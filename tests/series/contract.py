@@ -52,7 +52,7 @@ READ = {
     "vllm.config.DeviceConfig": "device_type",
     "vllm.engine.arg_utils.EngineArgs": "additional_config",
     "vllm.forward_context.ForwardContext": "attn_metadata",
-    "vllm.model_executor.layers.attention.Attention": "attn_backend attn_type has_sink head_size "
+    "vllm.model_executor.layers.attention.Attention": "attn_backend attn_type head_size "
     "head_size_v impl kv_cache_dtype kv_cache_torch_dtype kv_sharing_target_layer_name layer_name "
     "num_heads num_kv_heads sliding_window",
     "vllm.model_executor.layers.attention_layer_base.AttentionLayerBase": "bind_kv_cache",
