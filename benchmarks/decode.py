@@ -2,10 +2,10 @@
 
     python -m benchmarks.decode MODEL --output FILE [--lengths 512 16384] [--requests 4]
 
-Each policy's engine has its own process, and the two take turns: each reads the prompts
-once, then decodes in rounds, so that other work on the machine affects both alike.
-`host` is a step's time outside the model's forward pass: scheduling, block tables,
-metadata, sampling.
+Each policy's engine has its own process, and the two take turns, so that other work on the
+machine affects both alike: each answers one request alone a few times, then reads the prompts
+and decodes in rounds. `host` is a step's time outside the model's forward pass: scheduling,
+block tables, metadata, sampling. `first token` is the time to it, of a request alone.
 """
 
 import argparse
@@ -27,44 +27,70 @@ POLICIES = ("stock", "razor")
 _RESULT = "RESULT "
 
 
-def serve_rounds(model: str, job: dict[str, Any]) -> None:
-    """One policy in this process: a line when ready, then one with medians for each line read."""
-    from vllm import LLM, SamplingParams
+class Engine:
+    """One policy's engine in this process; `serve` calls what it is told to."""
 
-    razor = {"window": job["window"]}
-    if job["profile"]:
-        razor["head_profile"] = job["profile"]
-    total = job["steps"] * (job["rounds"] + 1)
-    llm = LLM(
-        model,
-        max_model_len=max(job["length"], job["window"]) + total + 8,
-        dtype=job["dtype"],
-        kv_cache_memory_bytes=job["kv_bytes"],
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        additional_config={"razor": razor} if job["policy"] == "razor" else {},
-    )
-    engine: Any = llm.llm_engine
-    draw = random.Random(0)
-    params = SamplingParams(temperature=0, max_tokens=total, ignore_eos=True)
-    for index in range(job["requests"]):
-        tokens = [draw.randrange(5, 200) for _ in range(job["length"])]
-        engine.add_request(str(index), {"prompt_token_ids": tokens}, params)
-    core = engine.engine_core.engine_core
-    forward = ForwardTimer(core.model_executor.driver_worker.worker.model_runner)
-    running = core.scheduler.running
-    while len(running) < job["requests"] or any(r.num_output_tokens < 2 for r in running):
-        engine.step()
-    print(_RESULT + "ready", flush=True)
-    for _ in sys.stdin:
+    def __init__(self, model: str, job: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        razor = {"window": job["window"]}
+        if job["profile"]:
+            razor["head_profile"] = job["profile"]
+        self.job, self.draw = job, random.Random(0)
+        self.total = job["steps"] * (job["rounds"] + 1)
+        llm = LLM(
+            model,
+            max_model_len=max(job["length"], job["window"]) + self.total + 8,
+            dtype=job["dtype"],
+            kv_cache_memory_bytes=job["kv_bytes"],
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            additional_config={"razor": razor} if job["policy"] == "razor" else {},
+        )
+        self.engine: Any = llm.llm_engine
+        core = self.engine.engine_core.engine_core
+        self.running = core.scheduler.running
+        self.forward = ForwardTimer(core.model_executor.driver_worker.worker.model_runner)
+
+    def _add(self, name: str, max_tokens: int) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        tokens = [self.draw.randrange(5, 200) for _ in range(self.job["length"])]
+        self.engine.add_request(name, {"prompt_token_ids": tokens}, params)
+
+    def first_token(self) -> float:
+        """Seconds to the first token of a request that is alone."""
+        begin = time.perf_counter()
+        self._add("first", 1)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return time.perf_counter() - begin
+
+    def start(self) -> None:
+        """Read the prompts of the requests that decode."""
+        for index in range(self.job["requests"]):
+            self._add(str(index), self.total)
+        count = self.job["requests"]
+        while len(self.running) < count or any(r.num_output_tokens < 2 for r in self.running):
+            self.engine.step()
+
+    def decode(self) -> "Times":
+        """Medians of a round's steps."""
         steps, host = [], []
-        for _ in range(job["steps"]):
-            forward.seconds, begin = 0.0, time.perf_counter()
-            engine.step()
+        for _ in range(self.job["steps"]):
+            self.forward.seconds, begin = 0.0, time.perf_counter()
+            self.engine.step()
             steps.append(time.perf_counter() - begin)
-            host.append(steps[-1] - forward.seconds)
-        medians = Times(statistics.median(steps), statistics.median(host))
-        print(_RESULT + json.dumps(medians), flush=True)
+            host.append(steps[-1] - self.forward.seconds)
+        return Times(statistics.median(steps), statistics.median(host))
+
+
+def serve(model: str, job: dict[str, Any]) -> None:
+    """One policy in this process: a result for each line read, the name of a method."""
+    engine = Engine(model, job)
+    for line in sys.stdin:
+        print(_RESULT + json.dumps(getattr(engine, line.strip())()), flush=True)
 
 
 class Times(NamedTuple):
@@ -103,24 +129,20 @@ class Server:
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def read(self) -> str:
-        """The next line that is ours.
+    def ask(self, method: str) -> Any:
+        """What a method of the process's `Engine` returns.
 
         Raises:
             RuntimeError: the process ended.
         """
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
+        self.process.stdin.write(method + "\n")
+        self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith(_RESULT):
-                return line.removeprefix(_RESULT)
+                return json.loads(line.removeprefix(_RESULT))
         raise RuntimeError(f"the engine ended with status {self.process.wait()}")
-
-    def round(self) -> Times:
-        """Medians of one round."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return Times(*json.loads(self.read()))
 
     def close(self) -> None:
         self.process.kill()
@@ -131,17 +153,23 @@ def compare(model: str, job: dict[str, Any]) -> dict[str, Any]:
     """Both policies at one length: medians of the rounds, in turn."""
     servers = {policy: Server(model, {**job, "policy": policy}) for policy in POLICIES}
     try:
+        first: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+        for _ in range(1 + job["first_rounds"]):
+            for policy, server in servers.items():
+                first[policy].append(server.ask("first_token"))
         for server in servers.values():
-            server.read()
+            server.ask("start")
         rounds: dict[str, list[Times]] = {policy: [] for policy in POLICIES}
         for _ in tqdm(range(job["rounds"]), desc=f"{job['length']} tokens"):
             for policy, server in servers.items():
-                rounds[policy].append(server.round())
+                rounds[policy].append(Times(*server.ask("decode")))
     finally:
         for server in servers.values():
             server.close()
     seconds = {p: statistics.median(x.step for x in taken) for p, taken in rounds.items()}
     host = {p: statistics.median(x.host for x in taken) for p, taken in rounds.items()}
+    # The first of them warms up.
+    alone = {p: statistics.median(taken[1:] or taken) for p, taken in first.items()}
     return {
         "length": job["length"],
         "step_ms": {policy: round(x * 1e3, 3) for policy, x in seconds.items()},
@@ -150,6 +178,8 @@ def compare(model: str, job: dict[str, Any]) -> dict[str, Any]:
             policy: round(job["requests"] / x, 1) for policy, x in seconds.items()
         },
         "razor_to_stock": round(seconds["stock"] / seconds["razor"], 2),
+        "first_token_ms": {policy: round(x * 1e3, 1) for policy, x in alone.items()},
+        "first_token_razor_to_stock": round(alone["razor"] / alone["stock"], 3),
         "rounds_ms": {p: [round(x.step * 1e3, 3) for x in taken] for p, taken in rounds.items()},
     }
 
@@ -163,18 +193,28 @@ def main() -> None:
     parser.add_argument("--profile", help="head profile, where none lies beside the weights")
     parser.add_argument("--steps", type=int, default=20, help="decode steps a round")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--first-rounds", type=int, default=3, help="times to first token")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kv-bytes", type=int, default=1024**3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        serve_rounds(args.model, json.loads(args.job))
+        serve(args.model, json.loads(args.job))
         return
     import torch
     import vllm
 
-    names = ("requests", "window", "profile", "steps", "rounds", "dtype", "kv_bytes")
+    names = [
+        "requests",
+        "window",
+        "profile",
+        "steps",
+        "rounds",
+        "first_rounds",
+        "dtype",
+        "kv_bytes",
+    ]
     job = {name: getattr(args, name) for name in names}
     rows = [compare(args.model, {**job, "length": length}) for length in args.lengths]
     report = {
@@ -188,7 +228,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['length']} tokens: step {row['step_ms']}, host {row['host_ms']}, "
-            f"razor is {row['razor_to_stock']}x stock"
+            f"razor is {row['razor_to_stock']}x stock; first token {row['first_token_ms']}, "
+            f"razor takes {row['first_token_razor_to_stock']}x"
         )
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -106,6 +106,8 @@ MODELS = (
     Model("fp32", "fp32", 256, 2, soft_cap=50.0),
     Model("bf16", "bf16", 128, 1, alibi=True),
     *(Model("bf16", stored, 64, 8, sinks=True) for stored in ("bf16", "fp8")),
+    *(Model(*pair, 512, 8) for pair in PAIRS if pair != ("fp32", "fp8")),  # refused
+    *(Model("bf16", stored, 512, 8, 4) for stored in ("bf16", "fp8")),
 )
 
 

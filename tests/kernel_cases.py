@@ -102,6 +102,8 @@ SHAPES = (
     # A query head a KV head: write and attention see heads of one shape and two dtypes.
     Shape(torch.bfloat16, 1, 64, stored=torch.float8_e4m3fn),
     Shape(torch.float32, 4, 64, head_major=True),
+    Shape(torch.bfloat16, 8, 512),
+    Shape(torch.float32, 1, 512),
 )
 
 SINK_SHAPES = tuple(shape._replace(learned_sinks=True) for shape in SHAPES)

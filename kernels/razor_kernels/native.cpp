@@ -48,10 +48,15 @@ constexpr int kTileKeys = 64;
 constexpr int kTileRows = 64;
 // From this many rows on, a tile is widened once instead of once per four rows.
 constexpr int kWidenRows = 8;
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDim = 512;
+// Longest sum of products over a head's numbers.
+constexpr int kSumDims = 128;
+// Scores by transposed keys: up to so many rows, and so many numbers of a head a row.
+constexpr int kTransposedRows = 7;
+constexpr int kTransposedDims = 20;
 constexpr int kCacheLine = 64;
-// Rows to prefetch ahead: a page's rows are consecutive.
-constexpr int kAhead = 4;
+// Bytes to prefetch ahead: a page's rows are consecutive.
+constexpr int kAhead = 2048;
 // Fewest keys of a span that gets its own partial result.
 constexpr int64_t kMinSpan = 512;
 constexpr float kLog2E = 1.44269504088896340736f;
@@ -173,6 +178,14 @@ inline vec load<F8>(const char* from) {
 }
 
 constexpr int width(Kind kind) { return kind == F32 ? 4 : kind == F8 ? 1 : 2; }
+
+// Calls with the number of rows, at most Most, as a constant.
+template <int Most, typename Function>
+inline void with_rows(int rows, Function&& function) {
+  if constexpr (Most > 1)
+    if (rows < Most) return with_rows<Most - 1>(rows, function);
+  function(std::integral_constant<int, Most>());
+}
 
 template <typename Function>
 inline void with_kind(int32_t kind, Function&& function) {
@@ -407,14 +420,60 @@ struct Reading {
   static constexpr bool pairs = InPairs;
 };
 
+// K and V of keys [j, j + Keys) are fetched kAhead bytes before they are read.
+template <int Keys>
+inline void prefetch(const Tile& tile, int j, int bytes) {
+  for (int i = 0; i < Keys; ++i)
+    for (int b = 0; b < bytes; b += kCacheLine)
+      __builtin_prefetch(tile.key[j + i] + kAhead + b);
+}
+
+// Adds the product of a pair of bf16 numbers of q with those of W keys.
+inline vec add_pair(vec sum, uint32_t q, uvec keys) {
+#if defined(__AVX512BF16__)
+  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(q), (__m512bh)keys);
+#else
+  const Pair pair = {reinterpret_vec(keys << 16), reinterpret_vec(keys & 0xffff0000u)};
+  const Pair row = {reinterpret_vec(uvec{} + (q << 16)), reinterpret_vec(uvec{} + (q & 0xffff0000u))};
+  return sum + row.even * pair.even + row.odd * pair.odd;
+#endif
+}
+
+// Scores of Rows rows (bf16) against W keys (bf16) at a time, transposed in registers: rows
+// of few numbers, shared by several queries, cost less so than sums across vectors.
+template <int Rows>
+void score_transposed(
+    const char* q, int head_dim, const Tile& tile, float factor, float* scores) {
+  for (int j = 0; j < tile.count; j += W) {
+    prefetch<W>(tile, j, 4 * head_dim);
+    vec even[Rows], odd[Rows];  // two sums a row: an instruction waits for the last of its sum
+    for (int r = 0; r < Rows; ++r) even[r] = odd[r] = vec{};
+    for (int d = 0; d < head_dim; d += 2 * W) {
+      vec x[W];
+      for (int i = 0; i < W; ++i) std::memcpy(&x[i], tile.key[j + i] + d * 2, sizeof(vec));
+      transpose<W / 2>(x);
+      for (int i = 0; i < W; i += 2)
+        for (int r = 0; r < Rows; ++r) {
+          uint32_t pair[2];
+          std::memcpy(pair, q + (r * head_dim + d + 2 * i) * 2, sizeof pair);
+          even[r] = add_pair(even[r], pair[0], bits_of(x[i]));
+          odd[r] = add_pair(odd[r], pair[1], bits_of(x[i + 1]));
+        }
+    }
+    for (int r = 0; r < Rows; ++r) {
+      const vec s = (even[r] + odd[r]) * factor;
+      std::memcpy(scores + r * kTileKeys + j, &s, sizeof s);
+    }
+  }
+}
+
 template <typename Read, int Rows>
-inline void score_rows(const char* q, int head_dim, const Tile& tile, float factor, float* scores) {
+inline void score_rows(
+    const char* q, int head_dim, const Tile& tile, float factor, float* scores, bool first) {
   constexpr int Keys = W / Rows;
   const int bytes = 2 * head_dim * width(Read::kind);
   for (int j = 0; j < tile.count; j += Keys) {
-    for (int i = 0; i < Keys; ++i)
-      for (int b = 0; b < bytes; b += kCacheLine)
-        __builtin_prefetch(tile.key[j + i] + kAhead * bytes + b);
+    if (first) prefetch<Keys>(tile, j, bytes);
     vec s;
     if constexpr (Read::pairs) {
       s = dots_bf16<Rows>(q, head_dim, tile.key + j);
@@ -432,35 +491,47 @@ inline void score_rows(const char* q, int head_dim, const Tile& tile, float fact
 // scores[row, key] = factor * q[row] . k[key]; q is bf16 where tiles are read in pairs.
 template <typename Read>
 void score(const char* q, int rows, int head_dim, const Tile& tile, float factor, float* scores) {
+  if constexpr (Read::pairs) {
+    if (rows <= kTransposedRows && head_dim <= kTransposedDims * rows)
+      return with_rows<kTransposedRows>(rows, [&](auto n) {
+        score_transposed<decltype(n)::value>(q, head_dim, tile, factor, scores);
+      });
+  }
   const int64_t row = head_dim * (Read::pairs ? 2 : 4);
   int r = 0;
   for (; r + 4 <= rows; r += 4)
-    score_rows<Read, 4>(q + r * row, head_dim, tile, factor, scores + r * kTileKeys);
+    score_rows<Read, 4>(q + r * row, head_dim, tile, factor, scores + r * kTileKeys, r == 0);
   for (; r + 2 <= rows; r += 2)
-    score_rows<Read, 2>(q + r * row, head_dim, tile, factor, scores + r * kTileKeys);
+    score_rows<Read, 2>(q + r * row, head_dim, tile, factor, scores + r * kTileKeys, r == 0);
   for (; r < rows; ++r)
-    score_rows<Read, 1>(q + r * row, head_dim, tile, factor, scores + r * kTileKeys);
+    score_rows<Read, 1>(q + r * row, head_dim, tile, factor, scores + r * kTileKeys, r == 0);
 }
 
 // Scores of Rows rows against Vectors * W keys, of a tile laid out `[head_dim, kTileKeys]`.
 template <int Rows, int Vectors>
 inline void score_block(
     const float* q, int head_dim, const float* columns, float factor, float* scores) {
-  vec acc[Rows][Vectors];
-  for (int r = 0; r < Rows; ++r)
-    for (int i = 0; i < Vectors; ++i) acc[r][i] = vec{};
-  for (int d = 0; d < head_dim; ++d) {
-    vec k[Vectors];
-    for (int i = 0; i < Vectors; ++i)
-      std::memcpy(&k[i], columns + d * kTileKeys + i * W, sizeof(vec));
+  // Summed in parts: errors grow with the length of a sum.
+  for (int from = 0; from < head_dim; from += kSumDims) {
+    const int to = std::min(from + kSumDims, head_dim);
+    vec acc[Rows][Vectors];
     for (int r = 0; r < Rows; ++r)
-      for (int i = 0; i < Vectors; ++i) acc[r][i] += k[i] * q[r * head_dim + d];
-  }
-  for (int r = 0; r < Rows; ++r)
-    for (int i = 0; i < Vectors; ++i) {
-      const vec s = acc[r][i] * factor;
-      std::memcpy(scores + r * kTileKeys + i * W, &s, sizeof s);
+      for (int i = 0; i < Vectors; ++i) acc[r][i] = vec{};
+    for (int d = from; d < to; ++d) {
+      vec k[Vectors];
+      for (int i = 0; i < Vectors; ++i)
+        std::memcpy(&k[i], columns + d * kTileKeys + i * W, sizeof(vec));
+      for (int r = 0; r < Rows; ++r)
+        for (int i = 0; i < Vectors; ++i) acc[r][i] += k[i] * q[r * head_dim + d];
     }
+    for (int r = 0; r < Rows; ++r)
+      for (int i = 0; i < Vectors; ++i) {
+        float* place = scores + r * kTileKeys + i * W;
+        vec s = acc[r][i] * factor;
+        if (from > 0) s += load<F32>(reinterpret_cast<const char*>(place));
+        std::memcpy(place, &s, sizeof s);
+      }
+  }
 }
 
 template <int Rows>
@@ -544,10 +615,11 @@ void add_all_values(
   int r = 0;
   for (; r + 4 <= rows; r += 4)
     add_value_rows<Read, 4>(p + r * kTileKeys, offset, tile, acc + r * head_dim, head_dim);
-  for (; r + 2 <= rows; r += 2)
-    add_value_rows<Read, 2>(p + r * kTileKeys, offset, tile, acc + r * head_dim, head_dim);
-  for (; r < rows; ++r)
-    add_value_rows<Read, 1>(p + r * kTileKeys, offset, tile, acc + r * head_dim, head_dim);
+  if (r == rows) return;
+  with_rows<3>(rows - r, [&](auto n) {
+    constexpr int Rows = decltype(n)::value;
+    add_value_rows<Read, Rows>(p + r * kTileKeys, offset, tile, acc + r * head_dim, head_dim);
+  });
 }
 
 // Which keys a query sees: positions [0, sink_end) and [window_start, t], and a slot.

@@ -16,7 +16,7 @@ from razor_kernels.step import AttentionParams, LayerHeads, PoolPages, PoolTable
 BUILDS = ("_native_avx512_bf16", "_native_avx512", "_native_avx2", "_native")
 """Libraries in this file's folder, the fastest first."""
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 MAX_GROUP = 64
 HEAD_DIM_MULTIPLE = 16
 _KINDS = {
@@ -121,7 +121,7 @@ def _declared(found: ctypes.CDLL, path: Path) -> ctypes.CDLL:
 
 
 def covers(head_dim: int, group: int, dtype: torch.dtype) -> bool:
-    """Whether heads of this kind have a native form: `head_dim` a multiple of 16 up to 256."""
+    """Whether heads of this kind have a native form: `head_dim` a multiple of 16 up to 512."""
     return (
         head_dim % HEAD_DIM_MULTIPLE == 0
         and head_dim <= MAX_HEAD_DIM
@@ -224,7 +224,7 @@ def _stored(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
     if dtype == torch.float8_e4m3fn:
         limit = torch.finfo(dtype).max
         x = (x.float() / scale).clamp(-limit, limit)
-    return _with_rows(x.to(dtype))
+    return _with_rows(x if x.dtype == dtype else x.to(dtype))
 
 
 def _with_rows(x: torch.Tensor) -> torch.Tensor:
@@ -234,8 +234,14 @@ def _with_rows(x: torch.Tensor) -> torch.Tensor:
 
 def _has_rows(x: torch.Tensor) -> bool:
     """Whether all dimensions but the first are contiguous."""
+    return _are_contiguous(x.shape[1:], x.stride()[1:])
+
+
+@functools.lru_cache
+def _are_contiguous(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Of all but the first dimension; every layer of every step asks it."""
     stride = 1
-    for size, found in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+    for size, found in zip(reversed(sizes), reversed(strides), strict=True):
         if size > 1 and found != stride:
             return False
         stride *= size

@@ -20,7 +20,7 @@ from razor_kernels.triton_interpreter import patch_interpreter
 from razor_kernels.triton_tile import Batch, Heads, LogitParams, Pool
 from razor_kernels.window import Window
 
-HEAD_DIMS = range(16, 257, 16)
+HEAD_DIMS = range(16, 513, 16)
 GROUPS = range(1, 17)
 
 _DECODE_TILE_BYTES = 32 * 1024
@@ -74,8 +74,13 @@ def prefill_tile(
     sm_90 a dot's operands are in registers as well: at head_dim 128, bf16, 64 keys spill 104
     bytes on sm_80, 32 keys 8, 16 none. At 256 each warp holds all queries: 64 of them spill 272
     bytes, 32 none. Dots of fp32 run without tensor cores: 32 x 32 spill 8 bytes at 64, 16 at 128.
+    At head_dim 512 on sm_90, 64 queries spill 152 bytes or more, 32 x 16 in two stages 16, 32 x 32
+    in one none; on sm_80, 16 queries in four warps 16 bytes, in eight none.
     """
     wide = triton.next_power_of_2(head_dim)
+    if wide == 512:
+        small = dtype == torch.float32 or capability < 90
+        return PrefillTile(16, 16, 8, 2) if small else PrefillTile(32, 32, 8, 1)
     if dtype == torch.float32:
         return PrefillTile(32, 32, 8, 2) if wide < 64 else PrefillTile(16, 16, 8, 2)
     if capability < 90:
@@ -103,7 +108,7 @@ def decode_tile(head_dim: int, dtype: torch.dtype, stored: torch.dtype, rows: in
     Half as many keys where registers are short: for a cache that is converted in registers, and
     for more than 16 rows. Dots of fp32 run without tensor cores and hold both operands in
     registers: on sm_80, at head_dim 128, 32 rows in three stages spill 24 bytes, and a converted
-    cache 192.
+    cache 192. At 512, twice the warps hold what is twice as wide.
     """
     is_fp32 = dtype == torch.float32
     converted = stored == torch.float8_e4m3fn or (is_fp32 and stored != dtype)
@@ -111,7 +116,8 @@ def decode_tile(head_dim: int, dtype: torch.dtype, stored: torch.dtype, rows: in
     most = _DECODE_TILE_BYTES // 2 if halved else _DECODE_TILE_BYTES
     itemsize = dtype.itemsize if is_fp32 else stored.itemsize
     keys = min(128, max(16, most // (2 * triton.next_power_of_2(head_dim) * itemsize)))
-    return DecodeTile(keys, 8, 2) if is_fp32 and halved else DecodeTile(keys, 4, 3)
+    short = (is_fp32 and halved) or (head_dim > 256 and (is_fp32 or rows > 16))
+    return DecodeTile(keys, 8, 2) if short else DecodeTile(keys, 4, 3)
 
 
 class TritonForm:
@@ -150,7 +156,7 @@ class TritonForm:
         if layout.head_dim not in HEAD_DIMS or group not in GROUPS:
             raise NotImplementedError(
                 f"head_dim {layout.head_dim} with {group} query heads a KV head: the Triton "
-                "kernels cover multiples of 16 up to 256, and 1 to 16 query heads"
+                "kernels cover multiples of 16 up to 512, and 1 to 16 query heads"
             )
         if dtype == torch.float32 and layout.dtype != dtype and layout.head_dim > 128:
             raise NotImplementedError(

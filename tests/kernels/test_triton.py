@@ -72,7 +72,7 @@ ROWS = [
     Row(TELLING, SHAPES[4], Variant(1, 80)),
     Row(BY_NAME["mixed batch"], SHAPES[2], compensation=False),
     Row(TELLING, SHAPES[0], compensation=False),
-    *(Row(TELLING, shape) for shape in SINK_SHAPES if not shape.group == WIDE_GROUP.group),
+    *(Row(TELLING, shape) for shape in SINK_SHAPES if shape.group != WIDE_GROUP.group),
     *(Row(BY_NAME[name], SINK_SHAPES[0]) for name in ("on a page edge", "mixed batch")),
     Row(BY_NAME["on a page edge"], SINK_SHAPES[5]),
     Row(DRAFTED, SINK_SHAPES[0], Variant(4)),
