@@ -223,8 +223,10 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
         if attn_metadata is None:
             return output.zero_()
         fixed = self.layer or self._first_step(layer)
-        all_metadata: Any = get_forward_context().attn_metadata
-        step = step_of(all_metadata, fixed.attached)
+        step = attn_metadata.step
+        if step is None:
+            all_metadata: Any = get_forward_context().attn_metadata
+            step = step_of(all_metadata, fixed.attached)
         form = fixed.form
         form.write(key, value, fixed.heads, step, fixed.params)
         shape = (-1, self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_size)

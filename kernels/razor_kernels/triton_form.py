@@ -31,6 +31,9 @@ measured."""
 MAX_DECODE_ROWS = 32
 """Most rows (queries times group) of a decode: 64 spill 32 bytes at head_dim 128, bf16, sm_80."""
 
+MAX_WIDE_FP32_ROWS = 16
+"""The same for fp32 with a head_dim over 256: 32 need 192 KiB of shared memory; sm_80 has 163."""
+
 CONVERTS_FP8 = 89
 """First compute capability on which Triton converts e4m3 with the device's instructions."""
 
@@ -108,7 +111,8 @@ def decode_tile(head_dim: int, dtype: torch.dtype, stored: torch.dtype, rows: in
     Half as many keys where registers are short: for a cache that is converted in registers, and
     for more than 16 rows. Dots of fp32 run without tensor cores and hold both operands in
     registers: on sm_80, at head_dim 128, 32 rows in three stages spill 24 bytes, and a converted
-    cache 192. At 512, twice the warps hold what is twice as wide.
+    cache 192. At 512, 32 rows of bf16 in eight warps spill 8 bytes on sm_80, in four none; those
+    of fp8 in four 40 bytes on sm_90, in eight none.
     """
     is_fp32 = dtype == torch.float32
     converted = stored == torch.float8_e4m3fn or (is_fp32 and stored != dtype)
@@ -116,8 +120,12 @@ def decode_tile(head_dim: int, dtype: torch.dtype, stored: torch.dtype, rows: in
     most = _DECODE_TILE_BYTES // 2 if halved else _DECODE_TILE_BYTES
     itemsize = dtype.itemsize if is_fp32 else stored.itemsize
     keys = min(128, max(16, most // (2 * triton.next_power_of_2(head_dim) * itemsize)))
-    short = (is_fp32 and halved) or (head_dim > 256 and (is_fp32 or rows > 16))
-    return DecodeTile(keys, 8, 2) if short else DecodeTile(keys, 4, 3)
+    is_wide = head_dim > 256
+    if is_fp32 and (halved or is_wide):
+        return DecodeTile(keys, 8, 2)
+    if is_wide and rows > 16:
+        return DecodeTile(keys, 8 if converted else 4, 2)
+    return DecodeTile(keys, 4, 3)
 
 
 class TritonForm:
@@ -130,7 +138,8 @@ class TritonForm:
         max_requests: of a step, padding included.
         max_queries: a request with at most this many queries is decoded, one with more is
             prefilled. 1, or with speculation 1 + the drafted tokens. Where that makes more
-            rows than `MAX_DECODE_ROWS`, 1 is used, and prefill serves drafted tokens.
+            rows than `MAX_DECODE_ROWS` (`MAX_WIDE_FP32_ROWS`), 1 is used, and prefill serves
+            drafted tokens.
         dtype: of queries and outputs.
         traits: of the device; by default its own.
 
@@ -166,7 +175,9 @@ class TritonForm:
             )
         self.traits = traits or Device.of(device)
         self.group, self.num_kv_heads, self.max_requests = group, num_kv_heads, max_requests
-        self.max_queries = max_queries if max_queries * group <= MAX_DECODE_ROWS else 1
+        is_wide_fp32 = dtype == torch.float32 and layout.head_dim > 256
+        most = MAX_WIDE_FP32_ROWS if is_wide_fp32 else MAX_DECODE_ROWS
+        self.max_queries = max_queries if max_queries * group <= most else 1
         self._shapes = (_pool_shape(layouts[0], None), _pool_shape(layouts[1], window))
         capability = self.traits.capability
         self._tile = prefill_tile(layout.head_dim, dtype, layout.dtype, capability)

@@ -248,6 +248,18 @@ def test_a_wished_form_that_cannot_serve_is_refused(monkeypatch, wish, error) ->
         forms.choose_form(setting(72, torch.float32))
 
 
+@pytest.mark.parametrize(("group", "expected"), [(4, 4), (8, 1)])
+def test_wide_fp32_drafts_are_prefilled(group: int, expected: int) -> None:
+    """32 rows of 512 fp32 numbers need more shared memory than some devices have."""
+    layout = PageLayout(64, 512, torch.float32, has_tail=False)
+    form = triton_form.TritonForm(
+        *(torch.device("cpu"), (layout, None), None, 4, group, 8, torch.float32),
+        max_queries=4,
+        traits=triton_form.Device(132, 80),
+    )
+    assert form.max_queries == expected
+
+
 def test_a_spilling_prefill_is_refused() -> None:
     """fp32 over an fp8 cache at wide heads: one line, not a kernel that runs from memory."""
     layout = PageLayout(64, 256, torch.float8_e4m3fn, has_tail=False)

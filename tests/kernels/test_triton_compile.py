@@ -15,8 +15,8 @@ TABLE = ROOT / "benchmarks" / "results" / "triton-resources.json"
 
 CORNERS = {
     80: ["bf16-d128-g4", "bf16/fp8-d128-g4", "bf16-d80-g7-cap"],
-    90: ["bf16-d128-g4", "bf16/fp8-d256-g4", "bf16-d128-g1-alibi"],
-    100: ["bf16-d256-g4", "bf16/fp8-d128-g4", "fp32-d64-g1"],
+    90: ["bf16-d128-g4", "bf16/fp8-d256-g4", "bf16-d128-g1-alibi", "bf16-d512-g8"],
+    100: ["bf16-d256-g4", "bf16/fp8-d128-g4", "fp32-d64-g1", "bf16-d64-g8-sinks"],
 }
 """Models that between them use each type and each way to make logits on each device; the
 whole table, `python -m benchmarks.triton_resources`, takes too long for every run."""
