@@ -1,10 +1,11 @@
 """Attention kernels on a CPU, compared on the same numbers: native, PyTorch's form, vLLM's.
 
-    python -m benchmarks.cpu_kernels --output FILE [--threads 1] [--rounds 15]
+    python -m benchmarks.cpu_kernels --output FILE [--models NAME ...] [--threads 1] [--rounds 15]
 
-All heads are dense here, so that vLLM's own kernel can be compared: one layer of
-Llama-3.1-8B's shape (32 query heads, 8 KV heads of 128). `decode` reads a context once, so its
-speed is given as bytes of K and V per second; `prefill` as seconds.
+All heads are dense here, so that vLLM's own kernel can be compared: one layer's heads of a
+model. `decode` reads a context once, so its speed is given as bytes of K and V per second;
+`prefill` as seconds. Layers of a decode take turns until no cache holds their K and V, as
+between two steps of a model.
 """
 
 import argparse
@@ -25,10 +26,10 @@ from razor_kernels.native import NativeForm
 from razor_kernels.paged import PagedForm
 from razor_kernels.step import AttentionParams, LayerHeads, PoolPages, PoolTables, Step
 
-NUM_KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
-SCALE = HEAD_DIM**-0.5
 VLLM_BLOCK = 32
 RAZOR_BLOCK = 128
+COLD_BYTES = 96 * 1024**2
+"""Of K and V that are read in turn: three times the last cache of the CPU in the docs."""
 
 
 class Load(NamedTuple):
@@ -40,27 +41,45 @@ class Load(NamedTuple):
     queries: int
 
 
-LOADS = (
-    Load("decode", 1, 16_384, 1),
-    Load("decode", 8, 4_096, 1),
-    Load("decode", 32, 512, 1),
-    Load("prefill", 1, 2_048, 2_048),
-    Load("prefill", 1, 8_192, 512),
-)
+class Heads(NamedTuple):
+    """One layer's. group: query heads a KV head."""
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+
+
+SMALL_LOADS = (Load("decode", 4, 512, 1), Load("decode", 4, 4_096, 1))
+MODELS = {
+    "llama-3.1-8b": (
+        Heads(8, 4, 128),
+        (
+            Load("decode", 1, 16_384, 1),
+            Load("decode", 8, 4_096, 1),
+            Load("decode", 32, 512, 1),
+            Load("prefill", 1, 2_048, 2_048),
+            Load("prefill", 1, 8_192, 512),
+        ),
+    ),
+    "smollm2-135m": (Heads(3, 3, 64), (*SMALL_LOADS, Load("prefill", 1, 4_096, 4_096))),
+    "random-llama": (Heads(4, 2, 32), SMALL_LOADS),
+}
 
 
 class Numbers(NamedTuple):
     """q `[tokens, heads, dim]`; k, v `[requests, length, kv heads, dim]`."""
 
+    heads: Heads
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
 
 
-def draw(load: Load, dtype: torch.dtype) -> Numbers:
-    shape = (load.requests, load.length, NUM_KV_HEADS, HEAD_DIM)
-    q = torch.randn(load.requests * load.queries, NUM_KV_HEADS * GROUP, HEAD_DIM)
-    return Numbers(q.to(dtype), torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
+def draw(heads: Heads, load: Load, dtype: torch.dtype) -> Numbers:
+    shape = (load.requests, load.length, heads.num_kv_heads, heads.head_dim)
+    num_heads = heads.num_kv_heads * heads.group
+    q = torch.randn(load.requests * load.queries, num_heads, heads.head_dim)
+    return Numbers(heads, q.to(dtype), torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
 
 
 def batch_of(load: Load) -> dict[str, Any]:
@@ -82,13 +101,13 @@ def tables_of(load: Load, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def razor_call(form: Any, load: Load, numbers: Numbers) -> Callable[[], torch.Tensor]:
     """Attention by one of our forms, all heads retrieving."""
-    dtype = numbers.q.dtype
+    dtype, (num_kv_heads, group, head_dim) = numbers.q.dtype, numbers.heads
     table, mapping = tables_of(load, RAZOR_BLOCK)
-    layout = PageLayout(RAZOR_BLOCK, HEAD_DIM, dtype, has_tail=False)
-    cache = torch.zeros(table.numel(), NUM_KV_HEADS, RAZOR_BLOCK, 2 * HEAD_DIM, dtype=dtype)
+    layout = PageLayout(RAZOR_BLOCK, head_dim, dtype, has_tail=False)
+    cache = torch.zeros(table.numel(), num_kv_heads, RAZOR_BLOCK, 2 * head_dim, dtype=dtype)
     heads = LayerHeads(
-        torch.zeros(NUM_KV_HEADS, dtype=torch.int32),
-        torch.arange(NUM_KV_HEADS, dtype=torch.int32),
+        torch.zeros(num_kv_heads, dtype=torch.int32),
+        torch.arange(num_kv_heads, dtype=torch.int32),
     )
     rows = torch.cat([numbers.k, numbers.v], dim=-1).flatten(0, 1)
     flat = mapping.flatten()
@@ -102,8 +121,8 @@ def razor_call(form: Any, load: Load, numbers: Numbers) -> Callable[[], torch.Te
         tables=(PoolTables(table, queries), None),
         pools=(PoolPages(cache, layout, None), None),
     )
-    params = AttentionParams(SCALE)
-    q = numbers.q.view(-1, NUM_KV_HEADS, GROUP, HEAD_DIM)
+    params = AttentionParams(head_dim**-0.5)
+    q = numbers.q.view(-1, num_kv_heads, group, head_dim)
     out = torch.empty_like(q)
 
     def call() -> torch.Tensor:
@@ -118,10 +137,10 @@ def vllm_call(load: Load, numbers: Numbers) -> Callable[[], torch.Tensor]:
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    dtype = numbers.q.dtype
+    dtype, (num_kv_heads, group, head_dim) = numbers.q.dtype, numbers.heads
     table, mapping = tables_of(load, VLLM_BLOCK)
-    isa = _get_attn_isa(dtype, VLLM_BLOCK, HEAD_DIM)
-    shape = (table.numel(), NUM_KV_HEADS, 2 * VLLM_BLOCK, HEAD_DIM)
+    isa = _get_attn_isa(dtype, VLLM_BLOCK, head_dim)
+    shape = (table.numel(), num_kv_heads, 2 * VLLM_BLOCK, head_dim)
     key_cache, value_cache = torch.zeros(shape, dtype=dtype).chunk(2, dim=2)
     k, v = numbers.k.flatten(0, 1), numbers.v.flatten(0, 1)
     flat = mapping.flatten()
@@ -129,9 +148,9 @@ def vllm_call(load: Load, numbers: Numbers) -> Callable[[], torch.Tensor]:
     batch = batch_of(load)
     schedule = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=load.requests,
-        num_heads=NUM_KV_HEADS * GROUP,
-        num_kv_heads=NUM_KV_HEADS,
-        head_dim=HEAD_DIM,
+        num_heads=num_kv_heads * group,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         dtype=dtype,
         causal=True,
         sliding_window_size=-1,
@@ -147,7 +166,7 @@ def vllm_call(load: Load, numbers: Numbers) -> Callable[[], torch.Tensor]:
             key_cache=key_cache,
             value_cache=value_cache,
             output=out,
-            scale=SCALE,
+            scale=head_dim**-0.5,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
@@ -162,26 +181,32 @@ def vllm_call(load: Load, numbers: Numbers) -> Callable[[], torch.Tensor]:
     return call
 
 
-def measure(load: Load, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure(model: str, load: Load, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Median seconds of each form, in turn; they must agree."""
-    numbers = draw(load, dtype)
-    calls = {
-        "native": razor_call(NativeForm(), load, numbers),
-        "vllm": vllm_call(load, numbers),
-        "paged": razor_call(PagedForm(), load, numbers),
-    }
-    outputs = {name: call().float() for name, call in calls.items()}
+    heads = MODELS[model][0]
+    width = heads.num_kv_heads * heads.head_dim
+    read = 2 * load.requests * load.length * width * dtype.itemsize
+    layers = 1 if load.queries > 1 else -(-COLD_BYTES // read)
+    native, paged = NativeForm(), PagedForm()
+    calls: dict[str, list[Callable[[], torch.Tensor]]] = {"native": [], "vllm": [], "paged": []}
+    for _ in range(layers):
+        numbers = draw(heads, load, dtype)
+        calls["native"].append(razor_call(native, load, numbers))
+        calls["vllm"].append(vllm_call(load, numbers))
+        calls["paged"].append(razor_call(paged, load, numbers))
+    outputs = {name: made[0]().float() for name, made in calls.items()}
     for name, out in outputs.items():
         torch.testing.assert_close(out, outputs["native"], rtol=0.05, atol=0.02, msg=name)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name, made in calls.items():
             begin = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - begin)
+            for call in made:
+                call()
+            seconds[name].append((time.perf_counter() - begin) / layers)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    read = 2 * load.requests * load.length * NUM_KV_HEADS * HEAD_DIM * dtype.itemsize
     return {
+        "model": model,
         **load._asdict(),
         "dtype": str(dtype)[6:],
         "milliseconds": {name: round(x * 1e3, 3) for name, x in medians.items()},
@@ -193,6 +218,7 @@ def measure(load: Load, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
@@ -201,8 +227,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtypes = (torch.bfloat16, torch.float32)
-    pairs = [*itertools.product(LOADS, dtypes)]
-    table = [measure(load, dtype, args.rounds) for load, dtype in tqdm(pairs)]
+    loads = [(model, load) for model in args.models for load in MODELS[model][1]]
+    pairs = [*itertools.product(loads, dtypes)]
+    table = [measure(*load, dtype, args.rounds) for load, dtype in tqdm(pairs)]
     report = {
         "device": device(),
         "threads": args.threads,
