@@ -303,6 +303,7 @@ def engine_for(
         "dtype": args.dtype,
         "max_model_len": args.max_model_len or max(args.lengths) + 512,
         "enforce_eager": args.enforce_eager,
+        "completion": getattr(args, "completion", False),
         **json.loads(args.engine_options),
     }
     if policy.options is None:

@@ -32,6 +32,9 @@ class ServedModel(Protocol):
     def num_tokens(self, chat: Chat) -> int:
         """Tokens of a chat's prompt."""
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, without special ones."""
+
     def reply(
         self, chats: Sequence[Chat], max_tokens: int, policy: str, done: Callable[[], None]
     ) -> list[str]:
@@ -54,20 +57,33 @@ def request_args(policy: str) -> dict[str, str] | None:
 
 
 class EngineModel:
-    """A `vllm.LLM` in this process; see `open_engine`."""
+    """A `vllm.LLM` in this process; see `open_engine`.
 
-    def __init__(self, llm: Any) -> None:
+    Args:
+        completion: whether chats are given as plain text although there is a template.
+    """
+
+    def __init__(self, llm: Any, completion: bool = False) -> None:
         self.llm = llm
         self.tokenizer = llm.get_tokenizer()
+        self.completion = completion
         self._next_id = 0
 
     def token_ids(self, chat: Chat) -> list[int]:
-        """Prompt of a chat, by the model's chat template, or plain where it has none."""
+        """Prompt of a chat, by the model's chat template, or plain where it has none.
+
+        A last message of the assistant is the beginning of the reply.
+        """
+        if self.completion:
+            return self.tokenizer.encode(joined(chat))
         if self.tokenizer.chat_template is None:
             return self.tokenizer.encode(plain_prompt(chat))
         return self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=False
+            chat, tokenize=True, return_dict=False, **ending(chat)
         )
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
 
     def num_tokens(self, chat: Chat) -> int:
         return len(self.token_ids(chat))
@@ -140,11 +156,14 @@ def set_environment() -> None:
 
 
 @contextlib.contextmanager
-def open_engine(model: str, razor: dict[str, Any] | None, **options: Any) -> Iterator[EngineModel]:
+def open_engine(
+    model: str, razor: dict[str, Any] | None, completion: bool = False, **options: Any
+) -> Iterator[EngineModel]:
     """An engine in this process; stock vLLM where `razor` is None.
 
     Args:
         razor: options of `additional_config["razor"]`.
+        completion: of the `EngineModel`.
         options: of `vllm.LLM`.
     """
     set_environment()
@@ -155,7 +174,7 @@ def open_engine(model: str, razor: dict[str, Any] | None, **options: Any) -> Ite
         options["additional_config"] = {"razor": razor}
     llm = LLM(model, disable_log_stats=True, **options)
     try:
-        yield EngineModel(llm)
+        yield EngineModel(llm, completion)
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
@@ -169,21 +188,34 @@ class ServerModel:
     Args:
         url: up to and with `/v1`.
         model: the name that the server knows it by; its first one where None.
+        completion: whether chats are given as plain text although there is a template.
     """
 
-    def __init__(self, url: str, model: str | None, concurrency: int = 4) -> None:
+    def __init__(
+        self, url: str, model: str | None, concurrency: int = 4, completion: bool = False
+    ) -> None:
         self.url = url.rstrip("/")
+        self.completion = completion
         self.model = model or self._get("/models")["data"][0]["id"]
         self.concurrency = concurrency
 
     def num_tokens(self, chat: Chat) -> int:
         return self._chat(chat, 1, "full")["usage"]["prompt_tokens"]
 
+    def count_tokens(self, text: str) -> int:
+        base = self.url.removesuffix("/v1")
+        body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        return self._post("/tokenize", body, base)["count"]
+
     def reply(
         self, chats: Sequence[Chat], max_tokens: int, policy: str, done: Callable[[], None]
     ) -> list[str]:
         def one(chat: Chat) -> str:
-            text = self._chat(chat, max_tokens, policy)["choices"][0]["message"]["content"]
+            if self.completion:
+                options = {"max_tokens": max_tokens, "temperature": 0, **xargs(policy)}
+                text = self.complete(joined(chat), **options)["choices"][0]["text"]
+            else:
+                text = self._chat(chat, max_tokens, policy)["choices"][0]["message"]["content"]
             done()
             return text or ""
 
@@ -213,24 +245,41 @@ class ServerModel:
             "messages": chat,
             "max_tokens": max_tokens,
             "temperature": 0,
+            **ending(chat),
+            **xargs(policy),
         }
-        if args := request_args(policy):
-            body["vllm_xargs"] = args
         return self._post("/chat/completions", body)
 
     def _get(self, path: str) -> dict[str, Any]:
         return self._read(urllib.request.Request(self.url + path))
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, path: str, body: dict[str, Any], base: str | None = None) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         data = json.dumps(body).encode()
-        return self._read(urllib.request.Request(self.url + path, data, headers))
+        return self._read(urllib.request.Request((base or self.url) + path, data, headers))
 
     def _read(self, request: urllib.request.Request) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=MODEL_URL_TIMEOUT) as response:
             return json.load(response)
+
+
+def xargs(policy: str) -> dict[str, Any]:
+    """A server's request under a policy."""
+    args = request_args(policy)
+    return {"vllm_xargs": args} if args else {}
+
+
+def ending(chat: Chat) -> dict[str, bool]:
+    """How a chat template ends a prompt: a last message of the assistant is continued."""
+    begun = chat[-1]["role"] == "assistant"
+    return {"add_generation_prompt": not begun, "continue_final_message": begun}
+
+
+def joined(chat: Chat) -> str:
+    """A chat as plain text that the model continues."""
+    return "\n".join(message["content"] for message in chat)
 
 
 def plain_prompt(chat: Chat) -> str:
@@ -239,4 +288,6 @@ def plain_prompt(chat: Chat) -> str:
         f"Answer: {message['content']}" if message["role"] == "assistant" else message["content"]
         for message in chat
     ]
-    return "\n".join([*lines, "Answer:"])
+    if chat[-1]["role"] != "assistant":
+        lines.append("Answer:")
+    return "\n".join(lines)
