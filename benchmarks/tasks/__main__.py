@@ -169,18 +169,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--head-profile", help="by default the one beside the weights")
     parser.add_argument("--window", type=float, default=0.2, help="tokens, or a share below 1")
     parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["needles", "lines"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096])
-    parser.add_argument("--contexts", type=int, default=10, help="of each kind and length")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--text", type=Path, help="English prose; our own sentences by default")
+    parse_tasks(parser)
     parser.add_argument("--completion", action="store_true", help="plain text, no chat template")
     parser.add_argument("--show", action="store_true", help="print every reply")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--engine-options", default="{}", help="JSON of further vLLM options")
-    parser.add_argument("--output", type=Path, default=Path("build/tasks"))
     args = parser.parse_args(argv)
     if args.model is None and args.url is None:
         parser.error("--model or --url is needed")
@@ -188,6 +183,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("a server runs --policy full or server, an engine every policy but server")
     args.name = args.name or args.policy
     return args
+
+
+def parse_tasks(parser: argparse.ArgumentParser) -> None:
+    """Options that say which questions there are, and where results go."""
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["needles"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096])
+    parser.add_argument("--contexts", type=int, default=8, help="of each kind and length")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", type=Path, help="English prose; our own sentences by default")
+    parser.add_argument("--output", type=Path, default=Path("build/tasks"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

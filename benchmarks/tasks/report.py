@@ -2,7 +2,7 @@
 
     python -m benchmarks.tasks.report FOLDER [--pair BASE OTHER ...] [--tasks single multi-key]
 
-Every policy is compared with `full`, and with the base of each `--pair` it is the other of.
+Every policy is compared with `--base`, and with the base of each `--pair` it is the other of.
 A heat-map of each policy (depth by length) is drawn with `--pictures FOLDER`.
 """
 
@@ -52,7 +52,7 @@ def tasks_of(results: Results) -> list[str]:
 
 def score_table(policies: dict[str, Results], length: str, tasks: Sequence[str]) -> str:
     """Mean score of each policy and task, and the bytes that one request holds."""
-    full = held(policies.get("full"), length)
+    whole = held(policies.get("full"), length)
     lines = [f"| {int(length):,} tokens | KV, decode | " + " | ".join(tasks) + " | all |"]
     lines.append("|---" * (3 + len(tasks)) + "|")
     for name, results in policies.items():
@@ -60,7 +60,7 @@ def score_table(policies: dict[str, Results], length: str, tasks: Sequence[str])
             continue
         cells = [mean(scores(results, length, [task])) for task in tasks]
         cells.append(mean(scores(results, length, tasks)))
-        lines.append(f"| {name} | {kib(results, length, full)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {kib(results, length, whole)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -70,12 +70,12 @@ def held(results: Results | None, length: str) -> int | None:
     return found["kv_bytes"]["decode"] if found and found["kv_bytes"] else None
 
 
-def kib(results: Results, length: str, full: int | None) -> str:
+def kib(results: Results, length: str, whole: int | None) -> str:
     """Held bytes, and their share of the full policy's."""
     found = held(results, length)
     if found is None:
         return "not known"
-    return f"{found / 1024:,.0f} KiB" + (f" ({found / full:.0%})" if full else "")
+    return f"{found / 1024:,.0f} KiB" + (f" ({found / whole:.0%})" if whole else "")
 
 
 def mean(found: dict[str, list[float]]) -> str:
@@ -86,16 +86,19 @@ def mean(found: dict[str, list[float]]) -> str:
 def pair_table(
     policies: dict[str, Results], length: str, tasks: Sequence[str], pairs: Sequence[Sequence[str]]
 ) -> str:
-    """Where the second policy of each pair differs from the first."""
+    """Where the second policy of each pair differs from the first, on contexts of both."""
     lines = [
         f"| {int(length):,} tokens | questions (contexts) | lost | gained | difference (95 %) "
         "| kept of the first's score |",
         "|---|---|---|---|---|---|",
     ]
     for base, other in pairs:
-        both = [scores(policies[name], length, tasks) for name in (base, other)]
-        if all(both):
-            lines.append(f"| {other} against {base} | {pair_cells(compare(*both))} |")
+        first, second = (scores(policies[name], length, tasks) for name in (base, other))
+        if shared := first.keys() & second.keys():
+            found = compare(
+                {name: first[name] for name in shared}, {name: second[name] for name in shared}
+            )
+            lines.append(f"| {other} against {base} | {pair_cells(found)} |")
     return "\n".join(lines)
 
 
@@ -161,12 +164,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pair", nargs=2, action="append", default=[], metavar=("BASE", "OTHER"))
+    parser.add_argument("--base", default="full", help="policy that all are compared with")
     parser.add_argument("--tasks", nargs="+", help="all by default")
     parser.add_argument("--pictures", type=Path, help="folder for a heat-map of each policy")
     args = parser.parse_args(argv)
     policies = read(args.folder)
     tasks = args.tasks or tasks_of(next(iter(policies.values())))
-    pairs = [("full", name) for name in policies if "full" in policies and name != "full"]
+    pairs = [(args.base, name) for name in policies if args.base in policies and name != args.base]
     lengths = {length for results in policies.values() for length in results["lengths"]}
     for length in sorted(lengths, key=int):
         print(score_table(policies, length, tasks), end="\n\n")
