@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,9 @@ class PressModel:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.bfloat16
+        ).eval()
         self.args = args
 
     def count_tokens(self, text: str) -> int:
@@ -80,9 +83,8 @@ class PressModel:
             )
             for q in context.questions
         ]
-        same = 0
-        while len({tuple(p[: same + 1]) for p in prompts}) == 1 and same + 1 < len(prompts[0]):
-            same += 1
+        columns = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+        same = sum(1 for _ in columns)
         return prompts[0][:same], [prompt[same:] for prompt in prompts]
 
     def press(self, num_tokens: int) -> Any:
@@ -166,23 +168,27 @@ class PressModel:
         return cache
 
 
-def duo_press(profile: HeadProfile, args: argparse.Namespace, num_tokens: int) -> Any:
-    """DuoAttention's press with the heads of a profile.
-
-    Its window makes the kept share of all heads `--keep`.
+def window_of(profile: HeadProfile, keep: float, sinks: int, num_tokens: int) -> int:
+    """Window of the local heads that makes `keep` the kept share of all heads' tokens.
 
     Raises:
-        ValueError: the heads alone keep more.
+        ValueError: the retrieval heads and the sinks alone keep more.
     """
+    heads = profile.num_retrieval_heads / profile.num_heads
+    window = round((keep - heads) / (1 - heads) * num_tokens) - sinks
+    if window <= 0:
+        raise ValueError(f"--keep is {keep}; the profile's heads alone keep {heads:.2f}")
+    return window
+
+
+def duo_press(profile: HeadProfile, args: argparse.Namespace, num_tokens: int) -> Any:
+    """DuoAttention's press with the heads of a profile."""
     from kvpress import DuoAttentionPress
 
     heads = np.zeros((profile.num_layers, profile.num_kv_heads))
     for layer, row in enumerate(profile.retrieval_heads):
         heads[layer, list(row)] = 1.0
-    kept = heads.mean()
-    window = round((args.keep - kept) / (1 - kept) * num_tokens) - args.sinks
-    if window <= 0:
-        raise ValueError(f"--keep is {args.keep}; the profile's heads alone keep {kept:.2f}")
+    window = window_of(profile, args.keep, args.sinks, num_tokens)
 
     class RazorHeads(DuoAttentionPress):
         """Its heads and sizes are given, not downloaded."""
@@ -191,7 +197,7 @@ def duo_press(profile: HeadProfile, args: argparse.Namespace, num_tokens: int) -
         def load_attention_pattern(model: Any) -> tuple[int, int, np.ndarray]:
             return args.sinks, window, heads
 
-    return RazorHeads(head_compression_ratio=1 - kept)
+    return RazorHeads(head_compression_ratio=1 - heads.mean())
 
 
 def only(context: Context, tasks: Sequence[str] | None) -> Context:

@@ -10,10 +10,11 @@ import pytest
 
 from benchmarks.served_model import Chat, HeldBytes, ending, joined
 from benchmarks.tasks import __main__ as tasks
-from benchmarks.tasks import report
+from benchmarks.tasks import peers, report
 from benchmarks.tasks.contexts import KINDS, Question, chat_of, draw_context, score
 from benchmarks.tasks.pairs import compare
 from benchmarks.tasks.prose import Filler
+from razor_vllm.heads.profile import HeadProfile
 
 
 def count_words(text: str) -> int:
@@ -193,3 +194,33 @@ def test_a_chat_ends_in_the_begun_answer() -> None:
     assert ending(chat) == {"add_generation_prompt": False, "continue_final_message": True}
     assert ending(chat[:1]) == {"add_generation_prompt": True, "continue_final_message": False}
     assert joined(chat).endswith("What is the pass key?\nThe pass key is")
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.4, 0.9])
+def test_peers_keep_equal_bytes(keep: float) -> None:
+    """With the window found, retrieval and local heads together keep the share asked for."""
+    profile = HeadProfile(2, 5, 8, ((0, 3), ()))
+    window = peers.window_of(profile, keep, 4, 2000)
+    assert (2 * 2000 + 8 * (4 + window)) / (10 * 2000) == pytest.approx(keep, abs=1e-3)
+    with pytest.raises(ValueError, match="heads alone keep 0.20"):
+        peers.window_of(profile, 0.2, 4, 2000)
+
+
+class CharTokenizer:
+    """A token a character."""
+
+    def apply_chat_template(self, chat: Chat, **options: Any) -> list[int]:
+        assert options["continue_final_message"]
+        return [ord(c) for c in joined(chat)]
+
+
+def test_peers_share_the_context_alone() -> None:
+    """Context and question together are the prompt, and no question's own token is shared."""
+    context = draw_context("needles", "0", 900, Filler(), count_words)
+    model = object.__new__(peers.PressModel)
+    model.tokenizer = CharTokenizer()
+    shared, asked = model.split(context)
+    for question, ids in zip(context.questions, asked, strict=True):
+        assert "".join(map(chr, [*shared, *ids])) == joined(chat_of(context, question))
+    assert len(shared) >= len(context.text)
+    assert len({ids[0] for ids in asked}) > 1
