@@ -160,6 +160,22 @@ def accuracy(cells: Sequence[Row], kind: str) -> Row:
     return {"all": sum(cell["right"] for cell in chosen) / questions, "questions": questions}
 
 
+def tables(
+    policies: dict[str, Results], tasks: Sequence[str], base: str, more: Sequence[Sequence[str]]
+) -> list[str]:
+    """Both tables of every length."""
+    pairs = [(base, name) for name in policies if base in policies and name != base]
+    lengths = {length for results in policies.values() for length in results["lengths"]}
+    return [
+        table
+        for length in sorted(lengths, key=int)
+        for table in (
+            score_table(policies, length, tasks),
+            pair_table(policies, length, tasks, [*pairs, *more]),
+        )
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -170,11 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     policies = read(args.folder)
     tasks = args.tasks or tasks_of(next(iter(policies.values())))
-    pairs = [(args.base, name) for name in policies if args.base in policies and name != args.base]
-    lengths = {length for results in policies.values() for length in results["lengths"]}
-    for length in sorted(lengths, key=int):
-        print(score_table(policies, length, tasks), end="\n\n")
-        print(pair_table(policies, length, tasks, [*pairs, *args.pair]), end="\n\n")
+    print("\n\n".join(tables(policies, tasks, args.base, args.pair)))
     if args.pictures:
         draw(policies, tasks, args.pictures)
 
