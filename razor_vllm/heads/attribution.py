@@ -216,12 +216,13 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
-        layer.training = True  # of this module alone, not of those in it
+        layer.train()  # this module alone: what is in it shall not drop out
+        for child in layer.children():
+            child.eval()
     try:
         yield
     finally:
-        for layer in layers:
-            layer.training = False
+        model.eval()
         model.gradient_checkpointing_disable()
 
 
