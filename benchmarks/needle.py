@@ -59,6 +59,7 @@ POLICIES = (
     Policy("full", "full (stock vLLM)", None),
     Policy("razor", "razor, exact prefill", {}),
     Policy("razor-no-slot", "razor, exact prefill, no compensation", {"compensation": False}),
+    Policy("razor-chat", "razor, chat prefill", {"prefill": "chat"}),
     Policy("razor-windowed", "razor, windowed prefill", {"prefill": "windowed"}),
     Policy(
         "razor-windowed-no-slot",

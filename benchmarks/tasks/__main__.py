@@ -35,6 +35,7 @@ from razor_vllm.heads.profile import HeadProfile, locate_profile, read_profile
 POLICIES = {
     "full": "full",
     "exact": "razor",
+    "chat": "razor-chat",
     "windowed": "razor-windowed",
     "exact-no-slot": "razor-no-slot",
     "windowed-no-slot": "razor-windowed-no-slot",
@@ -51,19 +52,26 @@ def draw(kind: str, length: int, index: int, args: argparse.Namespace, model: An
     return draw_context(kind, seed, length, filler, model.count_tokens)
 
 
-def answer(model: ServedModel, context: Context, policy: str) -> tuple[list[str], dict[str, float]]:
+def answer(
+    model: ServedModel, context: Context, policy: str, later: bool = False
+) -> tuple[list[str], dict[str, float]]:
     """Replies to a context's questions in order, and seconds: to read it, and to answer.
 
     The first question is asked alone and puts the context into the prefix cache.
+
+    Args:
+        later: see `chat_of`.
     """
     replies: dict[int, str] = {}
     begun = time.monotonic()
     first = context.questions[0]
-    replies[0] = model.reply([chat_of(context, first)], first.max_tokens, policy, _nothing)[0]
+    replies[0] = model.reply([chat_of(context, first, later)], first.max_tokens, policy, _nothing)[
+        0
+    ]
     read = time.monotonic()
     for max_tokens in sorted({q.max_tokens for q in context.questions}):
         rest = [i for i, q in enumerate(context.questions) if i > 0 and q.max_tokens == max_tokens]
-        chats = [chat_of(context, context.questions[i]) for i in rest]
+        chats = [chat_of(context, context.questions[i], later) for i in rest]
         said = model.reply(chats, max_tokens, policy, _nothing)
         replies |= dict(zip(rest, said, strict=True))
     seconds = {"first": round(read - begun, 2), "rest": round(time.monotonic() - read, 2)}
@@ -83,10 +91,10 @@ def run_length(
     for kind in args.kinds:
         for index in range(args.contexts):
             context = draw(kind, length, index, args, model)
-            replies, seconds = answer(model, context, policy)
+            replies, seconds = answer(model, context, policy, args.later_turns)
             rows.append(row_of(kind, length, index, context, replies) | {"seconds": seconds})
             if held is None:
-                chat = chat_of(context, context.questions[0])
+                chat = chat_of(context, context.questions[0], args.later_turns)
                 held = model.held_bytes(chat, context.questions[0].max_tokens, policy)
             bar.set_postfix(length=length, kind=kind)
             bar.update()
@@ -170,6 +178,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--window", type=float, default=0.2, help="tokens, or a share below 1")
     parser.add_argument("--sinks", type=int, default=4)
     parse_tasks(parser)
+    parser.add_argument(
+        "--later-turns", action="store_true", help="the text in the first turn, questions after it"
+    )
     parser.add_argument("--completion", action="store_true", help="plain text, no chat template")
     parser.add_argument("--show", action="store_true", help="print every reply")
     parser.add_argument("--dtype", default="auto")

@@ -72,11 +72,21 @@ def score(question: Question, reply: str) -> float:
     return found / len(question.answers)
 
 
-def chat_of(context: Context, question: Question) -> list[dict[str, str]]:
-    """The context, the question and the beginning of the answer, as a chat."""
+def chat_of(context: Context, question: Question, later: bool = False) -> list[dict[str, str]]:
+    """The context, the question and the beginning of the answer, as a chat.
+
+    Args:
+        later: whether the question comes in a turn of its own, after the context's.
+    """
+    turns = [(f"{context.text}\n\n{question.ask}", question.lead)]
+    if later:
+        first = (f"{context.text}\n\nI will ask about this text.", "Please ask.")
+        turns = [first, (question.ask, question.lead)]
+    roles = ("user", "assistant")
     return [
-        {"role": "user", "content": f"{context.text}\n\n{question.ask}"},
-        {"role": "assistant", "content": question.lead},
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(roles, turn, strict=True)
     ]
 
 
