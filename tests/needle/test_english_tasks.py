@@ -196,6 +196,18 @@ def test_a_chat_ends_in_the_begun_answer() -> None:
     assert joined(chat).endswith("What is the pass key?\nThe pass key is")
 
 
+def test_a_question_in_a_later_turn() -> None:
+    """The first turn has the text and no question, and is the same for all questions."""
+    context = draw_context("needles", "0", 900, Filler(), count_words)
+    chats = [chat_of(context, question, later=True) for question in context.questions]
+    assert all(chat[:2] == chats[0][:2] for chat in chats)
+    assert [message["role"] for message in chats[0]] == ["user", "assistant"] * 2
+    for question, chat in zip(context.questions, chats, strict=True):
+        assert context.text in chat[0]["content"]
+        assert question.ask not in chat[0]["content"]
+        assert (chat[2]["content"], chat[3]["content"]) == (question.ask, question.lead)
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.4, 0.9])
 def test_peers_keep_equal_bytes(keep: float) -> None:
     """With the window found, retrieval and local heads together keep the share asked for."""
