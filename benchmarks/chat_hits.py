@@ -21,6 +21,7 @@ from benchmarks.residency import device
 from razor_vllm.turns import Messages, learn_marker
 
 ANSWER = 32
+WAITING_ANSWER = 128
 MOST_STEP = 512
 """Hits come in no larger steps, in tokens."""
 POLICIES = {
@@ -101,11 +102,14 @@ def waiting(
     """Next turns' prompt tokens and cached ones, and `chats` that were there to the last step.
 
     A next turn adds 8 tokens. What it takes from the oldest chats, which are asked last, counts
-    against their policy.
+    against their policy. An answer is longer than a step of hits: a chat that waits nearer to the
+    end of its first turn needs all of its pages.
     """
     draw = random.Random(0)
+    params.max_tokens = WAITING_ANSWER
     for chat in chats:
-        chat += [draw.randrange(5, 200) for _ in range(load.tokens - ANSWER - len(asking))] + asking
+        chat += [draw.randrange(5, 200) for _ in range(load.tokens - WAITING_ANSWER - len(asking))]
+        chat += asking
         (result,) = llm.generate([{"prompt_token_ids": chat}], params, use_tqdm=False)
         chat += result.outputs[0].token_ids
     counts = {"prompt_tokens": 0, "cached_tokens": 0, "chats": 0}
@@ -116,7 +120,7 @@ def waiting(
         cached = result.num_cached_tokens or 0
         counts["prompt_tokens"] += len(prompt)
         counts["cached_tokens"] += cached
-        counts["chats"] += cached >= load.tokens - ANSWER - MOST_STEP
+        counts["chats"] += cached >= load.tokens - WAITING_ANSWER - MOST_STEP
     return counts
 
 

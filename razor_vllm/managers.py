@@ -230,6 +230,8 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         self._due: dict[str, int] = {}
         # Pages that a request dropped and its next turn may still want, if it may have one.
         self._wanted: dict[str, list[_CachedPage]] = {}
+        # Pages, by block, that no next turn wants, until something is evicted.
+        self._unwanted: dict[int, _CachedPage] = {}
         # End of the prefix that a request shares with others, as far as vLLM found it cached.
         self._junctions: dict[str, int] = {}
 
@@ -286,12 +288,17 @@ class LocalManager(_RazorManager, SlidingWindowManager):
         following = queue.fake_free_list_head.next_free_block
         evicting = following is not None and following.block_hash is not None
         for noted in pages:
+            if noted.page < first and noted.page not in shared:
+                self._unwanted[noted.block.block_id] = noted
+        self._wanted[request_id] = [noted for noted in pages if noted.page >= first]
+        if not evicting:
+            return
+        for noted in self._unwanted.values():
             # Another request may hold it by now, or have filled it anew.
-            idle = noted.block.ref_cnt == 0 and noted.block.block_hash == noted.key
-            if evicting and idle and noted.page < first and noted.page not in shared:
+            if noted.block.ref_cnt == 0 and noted.block.block_hash == noted.key:
                 queue.remove(noted.block)
                 queue.prepend_n([noted.block])
-        self._wanted[request_id] = [noted for noted in pages if noted.page >= first]
+        self._unwanted.clear()
 
     def _hit_pages(self, request_id: str, num_tokens: int) -> range:
         """Pages that a hit needs at the last place within `num_tokens` where one may end.
@@ -336,6 +343,8 @@ class LocalManager(_RazorManager, SlidingWindowManager):
             self._junctions[request_id] = num_local_computed_tokens
         blocks = self.req_to_blocks[request_id]
         assert not blocks, "a prefix hit for a request that holds pages"
+        for block in new_computed_blocks:
+            self._unwanted.pop(block.block_id, None)
         self.block_pool.touch([b for b in new_computed_blocks if not b.is_null])
         blocks.extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(blocks)

@@ -427,6 +427,31 @@ def test_others_begin_like_a_dense_prefix_that_was_found(monkeypatch) -> None:
     assert found(70) < 7 * 160
 
 
+def waiting_chats_found(num_blocks: int) -> int:
+    """Of 8 chats that waited, those that are found, the latest asked first."""
+    config = RazorConfig(window=16, prefill="chat")
+    plan = MemoryPlan(config, HEADS, torch.float32, PoolSizes(16, 16), 16)
+    world = World(plan, num_blocks, True)
+    texts = [[*[10 + number] * 200, *MARKER] for number in range(8)]
+    for text in texts:
+        world.add(list(text), "razor")
+        request = world.live[-1].request
+        run_out(world, 240)
+        text[:] = request.all_token_ids[:240]
+    world.hit_tokens = 0
+    for text in reversed(texts):
+        world.add([*text, 3], "razor")
+        world.finish(0)
+    return world.hit_tokens // 240
+
+
+def test_pages_dropped_before_anything_was_evicted_go_first_too(monkeypatch) -> None:
+    """Of 8 chats that wait, more are found than by age alone: 4, where it would be 3."""
+    found = waiting_chats_found(100)
+    monkeypatch.setattr(LocalManager, "_pages_before", lambda *_: [])
+    assert found > waiting_chats_found(100)
+
+
 class CountingPool:
     """A prefix cache in which all pages but some are found; counts who asks.
 
