@@ -166,14 +166,12 @@ def tables(
     """Both tables of every length."""
     pairs = [(base, name) for name in policies if base in policies and name != base]
     lengths = {length for results in policies.values() for length in results["lengths"]}
-    return [
-        table
-        for length in sorted(lengths, key=int)
-        for table in (
-            score_table(policies, length, tasks),
-            pair_table(policies, length, tasks, [*pairs, *more]),
-        )
-    ]
+    found = []
+    for length in sorted(lengths, key=int):
+        found.append(score_table(policies, length, tasks))
+        if compared := [*pairs, *more]:
+            found.append(pair_table(policies, length, tasks, compared))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,6 +16,9 @@ from benchmarks.tasks.pairs import compare
 from benchmarks.tasks.prose import Filler
 from razor_vllm.heads.profile import HeadProfile
 
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "smollm2"
+
 
 def count_words(text: str) -> int:
     return len(text.split())
@@ -236,3 +239,14 @@ def test_peers_share_the_context_alone() -> None:
         assert "".join(map(chr, [*shared, *ids])) == joined(chat_of(context, question))
     assert len(shared) >= len(context.text)
     assert len({ids[0] for ids in asked}) > 1
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("needles-*")), ids=lambda path: path.name)
+def test_tables_of_the_docs_are_the_results(folder: Path) -> None:
+    """Each table of a committed folder is in the docs, and pairs of heads that both have."""
+    policies = report.read(folder)
+    pairs = [(f"{mode}-probe-30", f"{mode}-attribution-30") for mode in ("exact", "windowed")]
+    known = [pair for pair in pairs if set(pair) <= set(policies)]
+    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    for table in report.tables(policies, report.tasks_of(policies["full"]), "full", known):
+        assert table in text
