@@ -98,7 +98,7 @@ def pair_table(
             found = compare(
                 {name: first[name] for name in shared}, {name: second[name] for name in shared}
             )
-            lines.append(f"| {other} against {base} | {pair_cells(found)} |")
+            lines.append(f"| {other} vs {base} | {pair_cells(found)} |")
     return "\n".join(lines)
 
 
@@ -106,12 +106,12 @@ def pair_cells(found: Comparison) -> str:
     kept = (
         ""
         if found.kept is None
-        else f"{found.kept:.1%} ({found.kept_low:.1%} to {found.kept_high:.1%})"
+        else f"{found.kept:.1%} ({found.kept_low:.1%}, {found.kept_high:.1%})"
     )
     points = [100 * value for value in (found.difference, found.low, found.high)]
     return (
         f"{found.questions} ({found.contexts}) | {found.lost} | {found.gained} | "
-        f"{points[0]:+.1f} ({points[1]:+.1f} to {points[2]:+.1f}) | {kept}"
+        f"{points[0]:+.1f} ({points[1]:+.1f}, {points[2]:+.1f}) | {kept}"
     )
 
 

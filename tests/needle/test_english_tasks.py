@@ -154,7 +154,7 @@ def test_a_report_compares_in_pairs(
     lost = len(kept) - int(sum(kept))
     assert 0 < lost < len(kept) == 72
     assert "| full | 2 KiB (100%) | 100.0% of 72 | 100.0% of 72 |" in printed
-    assert f"| half against full | 72 (3) | {lost} | 0 | {-100 * lost / 72:+.1f} (" in printed
+    assert f"| half vs full | 72 (3) | {lost} | 0 | {-100 * lost / 72:+.1f} (" in printed
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["full.png", "half.png"]
 
 
