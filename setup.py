@@ -58,7 +58,7 @@ setup(
         for name, folder in PACKAGES.items()
         for package in [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
     ],
-    package_data={"razor_serving": ["*.html"]},
+    package_data={"razor_serving": ["*.html"], "razor_vllm": ["heads/*.txt"]},
     ext_modules=[native_build(*build) for build in NATIVE_BUILDS.items()],
     install_requires=["accelerate", "matplotlib", "packaging", "tqdm"],
     extras_require={
