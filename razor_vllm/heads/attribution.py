@@ -10,8 +10,8 @@ a head's share of the way adds to the loss: the path integral of integrated grad
 et al., arXiv 1703.01365), in nats a token. Nothing is trained. Gates on KV heads are DuoAttention's
 (arXiv 2410.10819), which trains them.
 
-Each kind of prompt is scaled to sum to 1 before kinds are mixed: the loss of plain text is small,
-and would count for nothing. Memory is linear in the sequence: two fused attentions a layer, and
+Each kind of prompt is scaled to sum to 1 before kinds are mixed, so that none counts for more
+because its loss is larger. Memory is linear in the sequence: two fused attentions a layer, and
 layers are computed again in the backward pass.
 """
 
@@ -36,9 +36,9 @@ from razor_vllm.heads.prompts import Kind, Prompt, PromptMaker, read_text
 
 GATES = (1.0, 0.6, 0.2)
 """Where the path is sampled."""
-WEIGHTS: dict[Kind, float] = {"retrieval": 1.0, "repeat": 1.0, "text": 0.25}
-"""Of the kinds of prompt in the mixture."""
-PROMPTS: dict[Kind, int] = {"retrieval": 2, "repeat": 1, "text": 1}
+WEIGHTS: dict[Kind, float] = {"retrieval": 1.0, "repeat": 1.0}
+"""Of the kinds of prompt in the mixture (docs/heads.md has what was tried)."""
+PROMPTS: dict[Kind, int] = {"retrieval": 2, "repeat": 1}
 """Prompts of each kind in a seed's smallest set."""
 
 MASS = 0.98
@@ -234,7 +234,7 @@ def prompts_of(
     Raises:
         ValueError: a text or a tokenizer that gives none.
     """
-    maker = PromptMaker(tokenizer, read_text(options.text), options.length, options.window)
+    maker = PromptMaker(tokenizer, read_text(options.text), options.length)
     return [
         [
             maker.make(kind, seed * 1000 + number)

@@ -1,10 +1,9 @@
 """Prompts that ask a model to use its context: for attribution.
 
-Made from a text and a seed, so nothing is downloaded. Three kinds:
+Made from a text and a seed, so nothing is downloaded. Two kinds:
 
     retrieval   a haystack with facts in it, then questions about them; the answers are asked
     repeat      a passage, twice; the second copy is asked
-    text        plain text; what comes after the first window is asked
 
 Facts are of several forms, and their answers are digits, words, places or made-up names: all
 drawn, so that only the context tells them.
@@ -20,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from razor_vllm.heads.profile import read_bounded
 
-Kind = Literal["retrieval", "repeat", "text"]
-KINDS: tuple[Kind, ...] = ("retrieval", "repeat", "text")
+Kind = Literal["retrieval", "repeat"]
 FACTS = 8
 """Facts in a haystack; each is asked for once."""
 _CHARACTERS = 16
@@ -107,19 +105,16 @@ class PromptMaker:
     Args:
         tokenizer: of the model; it must tell where in the text a token is ("fast").
         text: prose. length: tokens of a prompt, at most.
-        window: of local heads; plain text is asked for after it.
 
     Raises:
         ValueError: such a tokenizer is lacking, the text is shorter than a prompt, or a prompt
             is too short for its questions.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, text: str, length: int, window: int
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> None:
         if not tokenizer.is_fast:
             raise ValueError("attribution needs a fast tokenizer; --method probe needs none")
-        self.tokenizer, self.length, self.window = tokenizer, length, window
+        self.tokenizer, self.length = tokenizer, length
         self.first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         self.sentences = [at for at in re.split(r"(?<=[.!?])\s+", text.strip()) if at]
         found = len(self._start_of(self.sentences))
@@ -132,8 +127,7 @@ class PromptMaker:
     def make(self, kind: Kind, seed: int) -> Prompt:
         """A prompt of a kind, the same for the same seed."""
         rng = random.Random(f"{kind} {seed}")
-        make = {"retrieval": self._retrieval, "repeat": self._repeat, "text": self._plain}[kind]
-        return make(rng)
+        return self._retrieval(rng) if kind == "retrieval" else self._repeat(rng)
 
     def _retrieval(self, rng: random.Random) -> Prompt:
         facts = draw_facts(rng, FACTS)
@@ -171,17 +165,9 @@ class PromptMaker:
 
     def _repeat(self, rng: random.Random) -> Prompt:
         half = (self.length - len(self.first)) // 2
-        passage = self._passage(rng, half)
+        passage = self._start_of(self._turned(rng))[:half]
         start = len(self.first) + half
         return Prompt("repeat", self.first + passage * 2, list(range(start, start + half)))
-
-    def _plain(self, rng: random.Random) -> Prompt:
-        ids = self.first + self._passage(rng, self.length - len(self.first))
-        return Prompt("text", ids, list(range(self.window, len(ids))))
-
-    def _passage(self, rng: random.Random, length: int) -> list[int]:
-        """So many tokens of the text from some place on."""
-        return self._start_of(self._turned(rng))[:length]
 
     def _turned(self, rng: random.Random) -> list[str]:
         """The sentences from some place on; after the last comes the first."""

@@ -328,7 +328,7 @@ def main() -> None:
     gates.add_argument("--text", type=Path, help="text that prompts are made from; one of ours")
     gates.add_argument("--length", type=int, help="tokens of a prompt; 1024")
     gates.add_argument("--sinks", type=int, help="first tokens that local heads keep; 4")
-    gates.add_argument("--prompts", type=int, help="sets of four prompts, a seed; 1")
+    gates.add_argument("--prompts", type=int, help="sets of three prompts, a seed; 1")
     find.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     find.add_argument(
         "--device-map",

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from models.needle import tasks
 from razor_vllm.heads import attribution
 from razor_vllm.heads.attribution import AttributionOptions, Gated
-from razor_vllm.heads.prompts import FACTS, KINDS, Prompt, PromptMaker, read_text
+from razor_vllm.heads.prompts import FACTS, Prompt, PromptMaker, read_text
 
 NEEDLE = Path(__file__).parents[2] / "models/needle/weights"
 WINDOW, SINKS = 16, 4
@@ -29,13 +29,13 @@ def random_prompt(length: int, vocab: int, seed: int = 0) -> Prompt:
     """Random tokens; the last quarter is asked."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, vocab, (length,), generator=generator).tolist()
-    return Prompt("text", ids, list(range(length - length // 4, length)))
+    return Prompt("repeat", ids, list(range(length - length // 4, length)))
 
 
 @pytest.fixture(scope="module")
 def maker(model_dir: Path) -> PromptMaker:
     """Prompts in bytes: the bundled model's tokenizer has a token for each."""
-    return PromptMaker(AutoTokenizer.from_pretrained(model_dir), read_text(None), 4096, 128)
+    return PromptMaker(AutoTokenizer.from_pretrained(model_dir), read_text(None), 4096)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -59,13 +59,11 @@ def test_a_haystack_asks_for_what_it_told(maker: PromptMaker, seed: int) -> None
 
 
 def test_kinds_of_prompt(maker: PromptMaker) -> None:
-    """A repeat asks for its second copy, plain text for what follows the window."""
+    """A repeat asks for its second copy; each seed has its own prompts."""
     repeat = maker.make("repeat", 0)
     half = len(repeat.asked)
     assert repeat.ids[repeat.asked[0] :] == repeat.ids[1 : 1 + half]
-    plain = maker.make("text", 0)
-    assert (plain.asked[0], plain.asked[-1]) == (128, len(plain.ids) - 1)
-    for kind in KINDS:
+    for kind in attribution.PROMPTS:
         assert maker.make(kind, 1) == maker.make(kind, 1)
         assert maker.make(kind, 1).ids != maker.make(kind, 2).ids
 
@@ -73,8 +71,8 @@ def test_kinds_of_prompt(maker: PromptMaker) -> None:
 def test_a_text_shorter_than_a_prompt_is_refused(maker: PromptMaker) -> None:
     """The line names both lengths; so it does where the questions leave no room."""
     with pytest.raises(ValueError, match=r"12 tokens, fewer than a prompt of 600.*--text"):
-        PromptMaker(maker.tokenizer, "Hello there.", 600, 64)
-    short = PromptMaker(maker.tokenizer, read_text(None), 600, 64)
+        PromptMaker(maker.tokenizer, "Hello there.", 600)
+    short = PromptMaker(maker.tokenizer, read_text(None), 600)
     with pytest.raises(ValueError, match=f"no room for {FACTS} questions"):
         short.make("retrieval", 0)
 
@@ -211,11 +209,11 @@ def test_choice_by_share_count_and_mass() -> None:
 def test_kinds_count_alike_however_small_their_losses() -> None:
     """A kind of small losses is scaled; what harms is no score."""
     mixed = attribution.mix(
-        {"retrieval": torch.tensor([[8.0, 0.0, -4.0]]), "text": torch.tensor([[0.0, 0.01, 0.0]])}
+        {"retrieval": torch.tensor([[8.0, 0.0, -4.0]]), "repeat": torch.tensor([[0.0, 0.01, 0.0]])}
     )
     weights = attribution.WEIGHTS
-    total = weights["retrieval"] + weights["text"]
-    want = [weights["retrieval"] / total, weights["text"] / total, 0.0]
+    total = sum(weights.values())
+    want = [weights["retrieval"] / total, weights["repeat"] / total, 0.0]
     assert mixed[0].tolist() == pytest.approx(want)
 
 

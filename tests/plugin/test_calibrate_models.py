@@ -226,7 +226,7 @@ def gates_of(folder: Path, device_map: Any = None, dtype: str = "float32") -> di
     ids = torch.randint(5, 250, (60,), generator=torch.Generator().manual_seed(2)).tolist()
     gated = Gated(512, 8, 2)
     with loaded(str(folder), gated.attend, device_map, dtype, None) as model:
-        found = attribution.attribute(model, gated, [[Prompt("text", ids, list(range(40, 60)))]])
+        found = attribution.attribute(model, gated, [[Prompt("repeat", ids, list(range(40, 60)))]])
     return found.rounds[0]
 
 
@@ -254,7 +254,7 @@ def test_gates_of_a_family_have_gradients(
     tmp_path: Path, model_dir: Path, model_type: str, change: dict[str, Any], sliding: tuple
 ) -> None:
     """Every KV head of a layer with full attention, and no other."""
-    scores = gates_of(save(tmp_path, model_dir, model_type, change))["text"]
+    scores = gates_of(save(tmp_path, model_dir, model_type, change))["repeat"]
     heads = HEADS if model_type == "gpt_neox" else KV_HEADS
     assert scores.shape == (LAYERS, heads)
     for layer, row in enumerate(scores):
