@@ -12,7 +12,7 @@ from razor_vllm.partition import partition, pipeline_stages, whole
 from razor_vllm.plan import plan_memory
 
 _SHADES = " .:-=+*#"
-CARRYING_MASS = 0.9
+CARRYING_MASS = 0.95
 """Least share of the attribution score that carried windowed prefill (docs/heads.md)."""
 _PROBE_ALONE = (
     "note: the probe alone does not tell whether these heads carry windowed prefill; "
