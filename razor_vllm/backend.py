@@ -1,4 +1,4 @@
-"""Attention over the two pools, as a vLLM attention backend.
+"""Attention over the two pools, as a vLLM attention backend of full-attention layers.
 
     step    vLLM builds one metadata object per pool; the first layer joins them into one step
     layer   writes its heads' K and V into both pools, then computes attention
@@ -15,7 +15,6 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.config.cache import CacheDType
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -195,8 +194,11 @@ class RazorAttentionImpl(AttentionImpl[RazorMetadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM's hook after loading: the first layer that gets it attaches the pools."""
         self.layer = None  # scales may have been loaded anew
-        compat.install_worker_patches(self.vllm_config.use_v2_model_runner)
-        attach(self.vllm_config)
+        compat.install_worker_patches(
+            self.vllm_config.use_v2_model_runner,
+            lambda vllm_config: attachment_of(vllm_config).plan.hit_tokens,
+        )
+        attach(self.vllm_config, RazorAttentionBackend)
 
     def forward(
         self,
@@ -289,7 +291,7 @@ class RazorAttentionBackend(AttentionBackend):
     @staticmethod
     def get_name() -> str:
         """A name that vLLM knows: it finds the backend by it."""
-        return "CPU_ATTN" if current_platform.is_cpu() else "CUSTOM"
+        return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[RazorAttentionImpl]:

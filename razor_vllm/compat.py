@@ -6,11 +6,16 @@ A comment at each patch says which vLLM would end it.
     EngineArgs                               flags; early checks
     SamplingParams.from_optional             a bad per-request policy: HTTP 400
     InputProcessor.process_inputs            the same for other front ends; what can never fit
+    selector._cached_get_attn_backend        our backend on a CPU, and never for a draft
+    Platform._align_hybrid_block_size        Mamba states are not padded to pages of ours
     EngineCore._initialize_kv_caches         specs; stop if not attached; start-up report
+    get_kv_cache_groups                      few block tables for layers that are not split
+    engine.core.resolve_kv_cache_block_sizes chunks end where Mamba states may be cached
     EngineCore.preprocess_add_request        the last check of a request: see admission; its
                                              `dense_until`
     EngineCore, Scheduler                    figures for the routes: see core_memory
     KVCacheManager.get_computed_blocks       tell the managers whose prefix is looked up
+    KVCacheCoordinator.cache_blocks          no layer caches what no later request may find
     generate_block_hash_extra_keys           `dense_until` in the keys of cached pages
     GPUModelRunner._build_attention_metadata `dense_until` of a batch (V1 runner)
     model_states.resolve_model_state_cls     `dense_until` of a batch (V2 runner)
@@ -30,11 +35,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from razor_kernels import DENSE_FOREVER
 from razor_vllm import admission, core_memory
@@ -61,14 +68,12 @@ from razor_vllm.policy import (
     step_dense_until,
 )
 from razor_vllm.report import check_attached, log_report
-from razor_vllm.support import check_engine
+from razor_vllm.specs import kv_cache_groups
+from razor_vllm.support import LAYOUT, check_backend, check_engine, check_profile
 from razor_vllm.turns import TURN_KEY, Messages, Turn, learn_marker, turn_of
 
-_BACKENDS = {
-    AttentionBackendEnum.CPU_ATTN: "razor_vllm.selection.CPUBackend",
-    AttentionBackendEnum.CUSTOM: "razor_vllm.backend.RazorAttentionBackend",
-}
-"""Names under which vLLM finds our backend: on a CPU, and elsewhere."""
+_BACKEND = "razor_vllm.backend.RazorAttentionBackend"
+"""What vLLM finds under the name CUSTOM."""
 
 DENSE_LIMITS_KEY = "razor_dense_limits"
 """Key of `additional_config` in the server's process: see `tell_dense_limits`."""
@@ -84,12 +89,13 @@ def install() -> None:
     wrap(EngineArgs, "add_cli_args", _adding_flags)
     wrap(EngineArgs, "from_cli_args", _folding_flags)
     wrap(EngineArgs, "create_engine_config", _checking_config)
+    # Ends with a vLLM whose CPU platform heeds a wish, and that lets a draft have another.
+    wrap(selector, "_cached_get_attn_backend", _choosing_backend)
     # An engine in its own process loads plugins while it is being made.
     if "vllm.v1.engine.core" in sys.modules:
         _wrap_engine()
-    for backend, path in _BACKENDS.items():
-        if not backend.is_overridden():  # else it is another plugin's, or ours already
-            register_backend(backend, path)
+    if not AttentionBackendEnum.CUSTOM.is_overridden():  # else another plugin's, or ours already
+        register_backend(AttentionBackendEnum.CUSTOM, _BACKEND)
 
 
 # --- Front end: flags, checks, requests -----------------------------------------------
@@ -130,11 +136,7 @@ def _folding_flags(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _checking_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.v1.attention import selector
-
         vllm_config = original(self, *args, **kwargs)
-        # vLLM remembers the backend by arguments that do not name the policy.
-        selector._cached_get_attn_backend.cache_clear()
         config = config_of(vllm_config.additional_config)
         if config is not None:
             namespace = getattr(self, "razor_namespace", None)
@@ -154,7 +156,6 @@ def _prepare(vllm_config: Any, config: RazorConfig, namespace: Any) -> None:
         namespace: of the server's command line, or None.
     """
     from vllm import SamplingParams
-    from vllm.platforms import current_platform
     from vllm.v1.engine.input_processor import InputProcessor
 
     check_engine(vllm_config)
@@ -163,11 +164,7 @@ def _prepare(vllm_config: Any, config: RazorConfig, namespace: Any) -> None:
         config = replace(config, window=min(config.window, model.max_model_len))
     config.check_lengths(model.max_model_len)
     config, profile = _with_profile(vllm_config, config)
-    profile.check_model(
-        model.get_total_num_hidden_layers(),
-        model.get_total_num_kv_heads(),
-        model.get_head_size(),
-    )
+    check_profile(vllm_config, profile)
     if profile.num_retrieval_heads == 0 and not config.allow_no_retrieval_heads:
         raise ValueError(f"razor: head profile {config.head_profile} names no retrieval head")
     # All processes get the options and the profile by value. The caller's own dict stays.
@@ -178,21 +175,15 @@ def _prepare(vllm_config: Any, config: RazorConfig, namespace: Any) -> None:
     }
     if config.prefill == "chat" and TURN_KEY not in vllm_config.additional_config:
         vllm_config.additional_config[TURN_KEY] = _turn(model, namespace)._asdict()
-    names = AttentionBackendEnum
-    own = names.CPU_ATTN if current_platform.is_cpu() else names.CUSTOM
-    if own.get_path() != _BACKENDS[own]:
+    own = AttentionBackendEnum.CUSTOM
+    if own.get_path() != _BACKEND:
         raise RuntimeError(
             f"razor: expected its own attention backend under the name {own.name}, found "
             f"{own.get_path()}, of another plugin"
         )
-    if not current_platform.is_cpu():
-        backend = vllm_config.attention_config.backend
-        if backend not in (None, AttentionBackendEnum.CUSTOM):
-            raise ValueError(
-                f"razor: --attention-backend {backend.name} and --kv-policy razor "
-                "exclude each other: the policy brings its own"
-            )
-        vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
+    check_backend(vllm_config, profile)
+    attention = vllm_config.attention_config
+    attention.backend_per_kind = {**attention.backend_per_kind, "full_attention": own}
     # These end with a vLLM that lets plugins check a request's extra arguments. The
     # OpenAI routes make sampling parameters before a stream begins: a 400 is possible.
     wrap(SamplingParams, "from_optional", _checking_params)
@@ -360,10 +351,11 @@ def before_shutdown(engine_client: Any, note: Callable[[], None]) -> None:
 
 
 def _wrap_engine() -> None:
-    """Wrap an engine's start: the one patch of the engine that is made without the policy."""
-    from vllm.v1.engine.core import EngineCore
+    """Wrap an engine's start: the patches of the engine that are made without the policy."""
+    from vllm.v1.engine import core
 
-    wrap(EngineCore, "_initialize_kv_caches", _checking_attachment)
+    wrap(core.EngineCore, "_initialize_kv_caches", _checking_attachment)
+    wrap(core, "resolve_kv_cache_block_sizes", _resolving)
 
 
 def _checking_attachment(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -383,9 +375,110 @@ def _checking_attachment(original: Callable[..., Any]) -> Callable[..., Any]:
     return _initialize_kv_caches
 
 
+def _resolving(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Mamba: vLLM ends chunks where states are cached, by a size that it makes the least of all
+    groups'. Ends with a vLLM that asks the Mamba groups."""
+
+    def resolve_kv_cache_block_sizes(kv_cache_config: Any, vllm_config: VllmConfig) -> Any:
+        sizes = original(kv_cache_config, vllm_config)
+        cache = vllm_config.cache_config
+        if config_of(vllm_config.additional_config) is None or cache.mamba_cache_mode != "align":
+            return sizes
+        if kv_cache_config.has_mamba_layers:
+            cache.block_size = sizes[0]
+            # Else vLLM's CPU platform puts its default back when the configuration is checked
+            # again, as it is in the engine's own process.
+            cache.user_specified_block_size = True
+        return sizes
+
+    return resolve_kv_cache_block_sizes
+
+
+def _choosing_backend(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _cached_get_attn_backend(backend: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None or config_of(vllm_config.additional_config) is None:
+            return original(backend, *args, **kwargs)
+        from vllm.compilation import backends
+
+        if backend is AttentionBackendEnum.CUSTOM:
+            if backends.model_tag == "backbone":
+                return backend.get_class()
+            # A draft's layers are not split: it gets what it wishes, or vLLM's choice.
+            backend = vllm_config.attention_config.backend
+        found = original(backend, *args, **kwargs)
+        return cpu_backend() if found.get_name() == "CPU_ATTN" else found
+
+    return _cached_get_attn_backend
+
+
+@functools.cache
+def cpu_backend() -> type:
+    """vLLM's own CPU attention with pages as ours lie: its kernels go by strides."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    class ForeignCPUBackend(CPUAttentionBackend):
+        @classmethod
+        def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+            return (LAYOUT,)
+
+    return ForeignCPUBackend
+
+
+def _aligning(
+    original: Callable[..., Any], hit_tokens_of: Callable[[VllmConfig], int]
+) -> Callable[..., Any]:
+    def _align_hybrid_block_size(cls: Any, vllm_config: VllmConfig, backend_cls: Any) -> None:
+        if config_of(vllm_config.additional_config) is None:
+            return original(cls, vllm_config, backend_cls)
+        cache = vllm_config.cache_config
+        hit_tokens = hit_tokens_of(vllm_config)
+        if cache.mamba_cache_mode == "align":
+            cache.block_size = cache.mamba_block_size = hit_tokens
+
+    return _align_hybrid_block_size
+
+
+def _grouping(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_kv_cache_groups(*args: Any, **kwargs: Any) -> Any:
+        vllm_config, specs = args[-2:]
+        if config_of(vllm_config.additional_config) is None:
+            return original(*args, **kwargs)
+        drafts = vllm_config.speculative_config
+        return kv_cache_groups(specs, drafts is not None and drafts.use_eagle_block_drop())
+
+    return get_kv_cache_groups
+
+
+def install_grouping() -> None:
+    """Group layers as `specs.kv_cache_groups` says, in an engine and in its workers."""
+    from vllm.v1.core import kv_cache_utils
+
+    if "get_kv_cache_groups" in vars(kv_cache_utils):
+        wrap(kv_cache_utils, "get_kv_cache_groups", _grouping)
+    else:  # vLLM 0.33
+        from vllm.v1.core.kv_cache_planning import DefaultKVCacheConfigBuilder
+
+        wrap(DefaultKVCacheConfigBuilder, "get_kv_cache_groups", _grouping)
+
+
+def _clamping(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Tokens past the dense part were computed under compression, in every layer."""
+
+    def cache_blocks(self: Any, request: Any, num_computed_tokens: int) -> None:
+        for manager in self.single_type_managers:
+            if isinstance(manager, LocalManager | RetrievalManager):
+                num_computed_tokens = manager.num_cacheable_tokens(request, num_computed_tokens)
+                break
+        return original(self, request, num_computed_tokens)
+
+    return cache_blocks
+
+
 def install_engine_patches() -> None:
     """What an engine under the policy needs of vLLM's classes."""
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
@@ -394,6 +487,10 @@ def install_engine_patches() -> None:
     wrap(KVCacheManager, "get_computed_blocks", _admitting)
     # Ends with a vLLM that takes parts of a page's key from the request.
     wrap(kv_cache_utils, "generate_block_hash_extra_keys", _keying)
+    install_grouping()
+    for coordinator in (KVCacheCoordinator, HybridKVCacheCoordinator):
+        if "cache_blocks" in vars(coordinator):  # vLLM 0.31 has a second one
+            wrap(coordinator, "cache_blocks", _clamping)
     wrap(EngineCore, "preprocess_add_request", _letting_in)
     wrap(EngineCore, "add_request", core_memory.counting_requests)
     wrap(Scheduler, "_preempt_request", core_memory.counting_preemptions)
@@ -477,11 +574,26 @@ async def call_engines(engine_core: Any, method: str, *args: Any) -> list[Any]:
 # --- Worker: dense_until of a batch ---------------------------------------------------
 
 
-def install_worker_patches(v2_model_runner: bool) -> None:
-    """Give the metadata builders each request's `dense_until`.
+def install_worker_patches(
+    v2_model_runner: bool, hit_tokens_of: Callable[[VllmConfig], int]
+) -> None:
+    """Give the metadata builders each request's `dense_until`, and Mamba states our pages.
 
-    Ends with a vLLM whose CommonAttentionMetadata carries the requests' extra arguments.
+    The first ends with a vLLM whose CommonAttentionMetadata carries the requests' extra
+    arguments.
+
+    Args:
+        hit_tokens_of: tokens in which an attached engine's pages all end.
     """
+    from vllm.platforms.interface import Platform
+
+    # Ends with a vLLM that does not pad states where pages may differ.
+    wrap(
+        Platform,
+        "_align_hybrid_block_size",
+        lambda original: _aligning(original, hit_tokens_of),
+    )
+    install_grouping()  # a GPU's worker groups layers too, to measure its graphs
     if v2_model_runner:
         from vllm.v1.worker.gpu import model_states
 

@@ -157,8 +157,9 @@ def razor_memory(core: Any, list_requests: bool = False) -> dict[str, Any]:
     return {
         **asdict(use),
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "num_layers": plan.profile.num_layers,
+        "layers": list(plan.heads.layers),
         "full_block_size": plan.full_block_size,
+        "foreign_layers": [asdict(layers) for layers in plan.foreign],
         "dense_limits": list(watch.limits),
         "requests_by_policy": dict(watch.requests),
         "preemptions": _preemptions.get(scheduler, 0),

@@ -1,11 +1,12 @@
 """Whether the page accounting adds up.
 
-Both pools draw their pages from one vLLM block pool. Between two steps of an engine,
+Both pools, and all groups of layers that are not split by heads, draw their pages from one
+vLLM block pool. Between two steps of an engine,
 
     each page        is null (page 0), or in the free queue, or held
-    a held page      is in as many block tables as its reference count says, all of one pool
+    a held page      is in as many block tables as its reference count says, all of one group
     a free page      has reference count 0
-    a cached page    has the hash under which its own pool's look-up finds it
+    a cached page    has the hash under which its own group's look-up finds it
     in sum           free + cached + held = pages of the pool, without the null page
 
 and when no request is left, no block table is left either. A page in the prefix cache and in no
@@ -19,6 +20,7 @@ from typing import NamedTuple
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_group_id
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from razor_vllm.managers import LocalManager, RetrievalManager
 
@@ -33,7 +35,7 @@ class Violation(NamedTuple):
 
 
 class PagesByState(NamedTuple):
-    """Pages of one block pool; a pool is named by its cache group.
+    """Pages of one block pool, by cache group.
 
     held: pages in block tables. cached: pages in the prefix cache only. free: all others.
     """
@@ -45,13 +47,17 @@ class PagesByState(NamedTuple):
 
 def pool_managers(manager: KVCacheManager) -> tuple[PoolManager, ...]:
     """The managers of the pools of an engine under the policy."""
-    managers = manager.coordinator.single_type_managers
-    return tuple(m for m in managers if isinstance(m, PoolManager))
+    return tuple(m for m in group_managers(manager) if isinstance(m, PoolManager))
+
+
+def group_managers(manager: KVCacheManager) -> tuple[SingleTypeKVCacheManager, ...]:
+    """The managers of all cache groups."""
+    return manager.coordinator.single_type_managers
 
 
 def pages_by_state(manager: KVCacheManager) -> PagesByState:
-    """Count pages by pool and state."""
-    held = {m.kv_cache_group_id: len(_table_pages(m)) for m in pool_managers(manager)}
+    """Count pages by group and state."""
+    held = {m.kv_cache_group_id: len(_table_pages(m)) for m in group_managers(manager)}
     cached = dict.fromkeys(held, 0)
     for block in manager.block_pool.blocks:
         if block.ref_cnt == 0 and block.block_hash is not None:
@@ -68,26 +74,28 @@ def check_pools(manager: KVCacheManager, idle: bool) -> list[Violation]:
         manager: vLLM's, of an engine that is between two steps.
         idle: whether no request is left, so that no block table may be left.
     """
-    pools, block_pool = pool_managers(manager), manager.block_pool
-    violations = list(_check_references(pools, block_pool))
+    groups, block_pool = group_managers(manager), manager.block_pool
+    violations = list(_check_references(groups, block_pool))
     violations += _check_queue(block_pool)
     violations += _check_hashes(block_pool)
     if idle:
-        violations += [v for pool in pools for v in _check_idle(pool)]
+        violations += [v for group in groups for v in _check_idle(group)]
     return violations
 
 
-def _table_pages(pool: PoolManager) -> set[int]:
-    """Ids of pages in a pool's block tables, without the null page."""
-    tables = pool.req_to_blocks.values()
+def _table_pages(group: SingleTypeKVCacheManager) -> set[int]:
+    """Ids of pages in a group's block tables, without the null page."""
+    tables = group.req_to_blocks.values()
     return {block.block_id for table in tables for block in table if not block.is_null}
 
 
-def _check_references(pools: tuple[PoolManager, ...], block_pool: BlockPool) -> Iterator[Violation]:
+def _check_references(
+    groups: tuple[SingleTypeKVCacheManager, ...], block_pool: BlockPool
+) -> Iterator[Violation]:
     """Compare reference counts with block tables."""
     counts = [
-        Counter(b.block_id for t in pool.req_to_blocks.values() for b in t if not b.is_null)
-        for pool in pools
+        Counter(b.block_id for t in group.req_to_blocks.values() for b in t if not b.is_null)
+        for group in groups
     ]
     for block in block_pool.blocks:
         if block.is_null:
@@ -97,19 +105,21 @@ def _check_references(pools: tuple[PoolManager, ...], block_pool: BlockPool) -> 
             yield Violation(
                 f"page {block.block_id} has reference count {block.ref_cnt} and lies in "
                 f"{sum(found)} block tables",
-                _holders(pools, block),
+                _holders(groups, block),
             )
         if sum(n > 0 for n in found) > 1:
-            yield Violation(f"page {block.block_id} is in both pools", _holders(pools, block))
+            yield Violation(
+                f"page {block.block_id} is in tables of several groups", _holders(groups, block)
+            )
 
 
-def _holders(pools: tuple[PoolManager, ...], block: KVCacheBlock) -> tuple[str, ...]:
+def _holders(groups: tuple[SingleTypeKVCacheManager, ...], block: KVCacheBlock) -> tuple[str, ...]:
     return tuple(
         sorted(
             {
                 request_id
-                for pool in pools
-                for request_id, table in pool.req_to_blocks.items()
+                for group in groups
+                for request_id, table in group.req_to_blocks.items()
                 if any(held.block_id == block.block_id for held in table)
             }
         )
@@ -147,12 +157,12 @@ def _check_hashes(block_pool: BlockPool) -> Iterator[Violation]:
             yield Violation(f"page {block.block_id} has a hash that the prefix cache lacks")
 
 
-def _check_idle(pool: PoolManager) -> Iterator[Violation]:
+def _check_idle(group: SingleTypeKVCacheManager) -> Iterator[Violation]:
     """What requests that are gone have left behind."""
-    name = type(pool).__name__
-    for request_id, table in pool.req_to_blocks.items():
+    name = type(group).__name__
+    for request_id, table in group.req_to_blocks.items():
         yield Violation(f"{name} holds a table of {len(table)} pages of no request", (request_id,))
-    for request_id in pool.dense_parts:
+    for request_id in group.dense_parts if isinstance(group, PoolManager) else ():
         yield Violation(f"{name} keeps the dense_until of no request", (request_id,))
 
 

@@ -132,8 +132,7 @@ class _RazorManager(SingleTypeKVCacheManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Cache full pages; those past the dense part only where others may find them."""
-        num_tokens = self.num_cacheable_tokens(request, num_tokens)
+        """Cache full pages, up to what `num_cacheable_tokens` told vLLM's coordinator."""
         if num_tokens < (self.num_cached_block.get(request.request_id, 0) + 1) * self.block_size:
             return  # no page has filled, as in most steps
         SingleTypeKVCacheManager.cache_blocks(

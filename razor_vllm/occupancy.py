@@ -1,4 +1,4 @@
-"""What the two pools hold at this moment, compared with what stock vLLM would hold.
+"""What the pools hold at this moment, compared with what stock vLLM would hold.
 
 Read in the engine's process, between two steps, from vLLM's block tables. Bytes are those of
 one rank: all ranks hold the same pages. The pools count a page that several requests share
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from razor_vllm.config import KVPolicy
-from razor_vllm.integrity import PoolManager, pages_by_state, pool_managers
+from razor_vllm.integrity import PoolManager, group_managers, pages_by_state, pool_managers
 from razor_vllm.managers import RetrievalManager
 from razor_vllm.plan import MemoryPlan
 from razor_vllm.policy import NEVER_COMPRESSED
@@ -56,9 +57,22 @@ class RequestUse:
     num_tokens: int
     retrieval_pages: int
     local_pages: int
+    foreign_pages: int
     bytes: int
     full_bytes: int
     num_preemptions: int
+
+
+@dataclass(frozen=True)
+class ForeignUse:
+    """The layers that are not split by heads, all together.
+
+    groups: block tables of a request. held, cached: pages, as in `PoolUse`.
+    """
+
+    groups: int
+    held: int
+    cached: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,7 @@ class Occupancy:
     """All pools of one engine.
 
     pages: of the block pool, without vLLM's null page. free: pages neither held nor cached.
+    foreign: of layers that are not split by heads.
     request_bytes, full_bytes: sums over the requests that hold pages. dropped_tokens: tokens
     that left local heads' windows so far. layer_kept: per layer of the first rank, the share
     of the full policy's bytes that the requests hold; empty where there are none.
@@ -75,6 +90,7 @@ class Occupancy:
     pages: int
     free: int
     pools: tuple[PoolUse, ...]
+    foreign: ForeignUse
     num_running: int
     num_waiting: int
     num_resident: int
@@ -108,12 +124,22 @@ def occupancy(
         )
         for pool in managers
     )
+    own = {pool.kv_cache_group_id for pool in managers}
+    others = [
+        m.kv_cache_group_id for m in group_managers(manager) if m.kv_cache_group_id not in own
+    ]
+    foreign = ForeignUse(
+        groups=len(others),
+        held=sum(states.held[group] for group in others),
+        cached=sum(states.cached[group] for group in others),
+    )
     uses = list(request_uses(manager, requests, plan))
     return Occupancy(
         page_bytes=plan.page_bytes,
         pages=manager.block_pool.num_gpu_blocks - 1,
         free=states.free,
         pools=pools,
+        foreign=foreign,
         num_running=counts[0],
         num_waiting=counts[1],
         num_resident=len(uses),
@@ -138,7 +164,7 @@ def request_uses(
         if request is None:
             continue  # leaked: the integrity check names it
         pages = {_name(pool): _num_pages(pool, request_id) for pool in managers}
-        held = sum(pages.values())
+        held = sum(_num_pages(group, request_id) for group in group_managers(manager))
         yield RequestUse(
             request_id=request_id,
             policy=_policy(managers[0], request_id),
@@ -147,6 +173,7 @@ def request_uses(
             num_tokens=request.num_computed_tokens,
             retrieval_pages=pages.get("retrieval", 0),
             local_pages=pages.get("local", 0),
+            foreign_pages=held - sum(pages.values()),
             bytes=held * plan.page_bytes,
             full_bytes=plan.full_request_bytes(request.num_computed_tokens),
             num_preemptions=request.num_preemptions,
@@ -157,8 +184,8 @@ def _name(pool: PoolManager) -> PoolName:
     return "retrieval" if isinstance(pool, RetrievalManager) else "local"
 
 
-def _num_pages(pool: PoolManager, request_id: str) -> int:
-    return sum(not block.is_null for block in pool.req_to_blocks.get(request_id, ()))
+def _num_pages(group: SingleTypeKVCacheManager, request_id: str) -> int:
+    return sum(not block.is_null for block in group.req_to_blocks.get(request_id, ()))
 
 
 def _policy(pool: PoolManager, request_id: str) -> KVPolicy:
@@ -166,7 +193,8 @@ def _policy(pool: PoolManager, request_id: str) -> KVPolicy:
 
 
 def _layer_kept(plan: MemoryPlan, uses: list[RequestUse]) -> tuple[float, ...]:
-    """Share of the full policy's bytes that the requests hold, per layer, without padding."""
+    """Share of the full policy's bytes that the requests hold, per layer with full attention,
+    without padding."""
     full = sum(plan.full_request_pages(use.num_tokens) for use in uses) * plan.full_block_size
     if full == 0:
         return ()

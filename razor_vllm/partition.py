@@ -25,14 +25,14 @@ class RankHeads:
     """The heads of one rank, and the quotas of all.
 
     Args:
-        layers: of the model, on this rank. first_head: its first KV head.
-        profile: of this rank's layers and heads alone, promoted ones among the
+        layers: of the model with full attention, on this rank. first_head: its first KV head.
+        profile: of those layers and this rank's heads alone, promoted ones among the
             retrieval heads.
         promoted: local heads that took a spare retrieval slot, as (layer, KV head) of the model.
         retrieval_quota, local_quota: slots of either pool.
     """
 
-    layers: range
+    layers: tuple[int, ...]
     first_head: int
     profile: HeadProfile
     promoted: tuple[tuple[int, int], ...]
@@ -51,15 +51,8 @@ def partition(
         stages: layers of each pipeline stage; one stage by default.
 
     Raises:
-        ValueError: KV heads that do not divide over the ranks.
-        NotImplementedError: layers with a sliding window of the model's own.
+        ValueError: KV heads that do not divide over the ranks, or a stage without full attention.
     """
-    if profile.sliding_layers:
-        raise NotImplementedError(
-            f"razor: a model with sliding-window layers ({len(profile.sliding_layers)} of "
-            f"{profile.num_layers}) is not covered by --kv-policy razor: it can be calibrated "
-            "and shown, not served or planned"
-        )
     stages = stages or (range(profile.num_layers),)
     ranks = [
         _own_heads(profile, layers, tp_size, rank) for layers in stages for rank in range(tp_size)
@@ -88,13 +81,10 @@ def rank_heads(vllm_config: VllmConfig, stage: int, tp_rank: int) -> RankHeads:
         stage: pipeline stage. tp_rank: tensor-parallel rank within it.
 
     Raises:
-        ValueError: the profile is of another model, or its heads do not divide.
+        ValueError: heads or layers that do not divide.
     """
-    profile, model = profile_of(vllm_config.additional_config), vllm_config.model_config
-    num_layers = model.get_total_num_hidden_layers()
-    profile.check_model(num_layers, model.get_total_num_kv_heads(), model.get_head_size())
-    parallel = vllm_config.parallel_config
-    stages = pipeline_stages(num_layers, parallel.pipeline_parallel_size)
+    profile, parallel = profile_of(vllm_config.additional_config), vllm_config.parallel_config
+    stages = pipeline_stages(profile.num_layers, parallel.pipeline_parallel_size)
     ranks = partition(profile, parallel.tensor_parallel_size, stages)
     return ranks[stage * parallel.tensor_parallel_size + tp_rank]
 
@@ -104,7 +94,12 @@ def whole(profile: HeadProfile) -> RankHeads:
     return partition(profile)[0]
 
 
-def _own_heads(profile: HeadProfile, layers: range, tp_size: int, rank: int) -> RankHeads:
+def _own_heads(profile: HeadProfile, stage: range, tp_size: int, rank: int) -> RankHeads:
+    layers = tuple(layer for layer in profile.full_layers if layer in stage)
+    if not layers:
+        raise ValueError(
+            f"layers {stage.start} to {stage.stop - 1} are a pipeline stage without full attention"
+        )
     total = profile.num_kv_heads
     if total % tp_size and tp_size % total:
         raise ValueError(f"{total} KV heads do not divide over {tp_size} tensor-parallel ranks")

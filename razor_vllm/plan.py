@@ -7,10 +7,12 @@ order, so a layer's slots in a pool are contiguous:
     local pool       | layer 0: heads 0, 1, 3 | layer 1: heads 1, 2 | ...
 
 Both pools draw pages from one block pool, so their pages have equal bytes. Tokens per
-page are chosen to make them nearly equal, and the rest is padding.
+page are chosen to make them nearly equal, and the rest is padding. Layers without full
+attention, if the model has any, lie in pages of the same bytes: see `foreign`.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ import torch
 
 from razor_kernels import DENSE_FOREVER, PageLayout, Window
 from razor_vllm.config import RazorConfig
+from razor_vllm.foreign import ForeignLayers
 from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.partition import RankHeads
 
@@ -28,8 +31,22 @@ POOLS = (RETRIEVAL_POOL, LOCAL_POOL)
 _LOCAL_BLOCK_SIZES = (32, 48, 64, 96, 128)
 _BLOCK_STEP = 16
 _MAX_HIT_TOKENS = 256
-"""Preferred limit of the least common multiple of the two page lengths, in which
-prefix-cache hits come."""
+"""Preferred limit of the least common multiple of the page lengths, in which prefix-cache
+hits come."""
+
+FOREIGN_BLOCK_SIZES = (16, 32)
+"""Tokens per page of layers without full attention: vLLM never splits pages that layers share
+into blocks of its kernels, so they are as long as such a block may be."""
+
+_MAX_TABLES = 8
+"""Preferred limit of block tables of a request. Each costs the host time in every step:
+docs/performance.md has the figures."""
+_MAX_STATE_BLOCK_SIZE = 1024
+"""Longest local page beside Mamba states, whose pages are long."""
+_NEAR = 0.02
+"""Share of the cost that shorter steps of hits are worth beside states."""
+_PAGE_ALIGNMENT = 256
+"""Bytes of which a page is a multiple where layers of several kinds share it."""
 
 
 class LayerSlots(NamedTuple):
@@ -63,6 +80,8 @@ class MemoryPlan:
         dtype: of stored K and V.
         blocks: tokens per page of each pool.
         full_block_size: tokens per page of stock vLLM, with which the plan is compared.
+        foreign: layers that are not split by heads.
+        least_page_bytes: of a page, so that so many foreign layers fit one.
     """
 
     config: RazorConfig
@@ -70,6 +89,8 @@ class MemoryPlan:
     dtype: torch.dtype
     blocks: PoolSizes
     full_block_size: int
+    foreign: tuple[ForeignLayers, ...] = ()
+    least_page_bytes: int = 0
 
     @property
     def profile(self) -> HeadProfile:
@@ -99,11 +120,30 @@ class MemoryPlan:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page of either pool, padding included."""
-        return max(
+        """Bytes of a page of the block pool, padding included."""
+        most = max(
             self.retrieval_layout.page_bytes(self.num_retrieval_slots),
             self.local_layout.page_bytes(self.num_local_slots),
+            self.least_page_bytes,
         )
+        return -(-most // _PAGE_ALIGNMENT) * _PAGE_ALIGNMENT if self.foreign else most
+
+    @property
+    def num_foreign_groups(self) -> int:
+        """Block tables of the foreign layers."""
+        return sum(layers.num_groups(self.page_bytes) for layers in self.foreign)
+
+    @property
+    def num_tables(self) -> int:
+        """Block tables of a request."""
+        return bool(self.num_retrieval_slots) + bool(self.num_local_slots) + self.num_foreign_groups
+
+    @property
+    def hit_tokens(self) -> int:
+        """Tokens of which prefix-cache hits are a multiple."""
+        pools = zip(self.blocks, (self.num_retrieval_slots, self.num_local_slots), strict=True)
+        sizes = [size for size, slots in pools if slots]
+        return math.lcm(*sizes, *(f.block_size for f in self.foreign if not f.is_state))
 
     def retrieval_slots(self, layer: int) -> LayerSlots:
         heads = self.profile.retrieval_heads
@@ -125,23 +165,24 @@ class MemoryPlan:
             return -(-num_tokens // self.blocks.local)
         return self.window.num_held_pages(num_tokens)
 
+    def foreign_pages(self, num_tokens: int) -> int:
+        """Pages that a decoding request holds for layers that are not split by heads."""
+        page = self.page_bytes
+        return sum(f.num_groups(page) * f.held_pages(num_tokens) for f in self.foreign)
+
     def request_pages(self, num_tokens: int, dense_until: int = 0) -> int:
-        """Pages of both pools that a request holds while computing its last token.
+        """Pages that a request holds while computing its last token.
 
         Args:
             num_tokens: tokens so far, the one being computed included.
             dense_until: of the request; 0 for a decoding one.
         """
-        return self.retrieval_pages(num_tokens) + self.local_pages(num_tokens, dense_until)
+        own = self.retrieval_pages(num_tokens) + self.local_pages(num_tokens, dense_until)
+        return own + self.foreign_pages(num_tokens)
 
     def request_bytes(self, num_tokens: int, dense_until: int = 0) -> int:
         """`request_pages` in bytes of KV memory."""
         return self.request_pages(num_tokens, dense_until) * self.page_bytes
-
-    @property
-    def hit_tokens(self) -> int:
-        """Prefix-cache hits come in multiples of so many tokens."""
-        return math.lcm(*self.blocks)
 
     def waiting_pages(self, num_tokens: int) -> int:
         """Cached pages that the next turn of a chat of `num_tokens` tokens needs.
@@ -153,23 +194,30 @@ class MemoryPlan:
         if self.config.prefill != "exact" and local:
             kept = self.window.first_kept_page(end)
             local -= max(kept - self.window.sink_pages, 0)
-        return self.retrieval_pages(end) + local
+        return self.retrieval_pages(end) + local + self.foreign_pages(end)
 
     @property
     def full_page_bytes(self) -> int:
-        """Bytes of a page of stock vLLM."""
+        """Bytes of a page of all full-attention layers in stock vLLM."""
         layout = PageLayout(
             self.full_block_size, self.profile.head_size, self.dtype, has_tail=False
         )
         return layout.page_bytes(self.profile.num_heads)
 
     def full_request_pages(self, num_tokens: int) -> int:
-        """Pages that stock vLLM holds for a request of `num_tokens` tokens."""
+        """Pages that stock vLLM holds in each full-attention layer for `num_tokens` tokens."""
         return -(-num_tokens // self.full_block_size)
 
     def full_request_bytes(self, num_tokens: int) -> int:
-        """`full_request_pages` in bytes of KV memory."""
-        return self.full_request_pages(num_tokens) * self.full_page_bytes
+        """Bytes of KV memory that stock vLLM needs for a request of `num_tokens` tokens.
+
+        Foreign layers count with pages of `full_block_size` tokens, and without the padding
+        that vLLM's own grouping may add.
+        """
+        foreign = (f.with_block_size(self.full_block_size) for f in self.foreign)
+        return self.full_request_pages(num_tokens) * self.full_page_bytes + sum(
+            layers.layer_bytes(num_tokens) for layers in foreign
+        )
 
     def longest_dense(self, num_pages: int) -> int:
         """Tokens of the longest request that fits `num_pages` pages without compression."""
@@ -191,7 +239,8 @@ class MemoryPlan:
         if not self.num_local_slots:
             return num_tokens
         size = self.blocks.local
-        room = (num_pages - self.retrieval_pages(num_tokens)) * size
+        others = self.retrieval_pages(num_tokens) + self.foreign_pages(num_tokens)
+        room = (num_pages - others) * size
         if room >= -(-num_tokens // size) * size:
             return num_tokens
         window = self.window.max_held_pages(num_tokens) * size
@@ -211,37 +260,93 @@ def plan_memory(
     dtype: torch.dtype,
     max_model_len: int,
     block_size: int,
+    foreign: Sequence[ForeignLayers] = (),
+    foreign_block_sizes: Sequence[int] = FOREIGN_BLOCK_SIZES,
 ) -> MemoryPlan:
-    """Choose tokens per page so that requests cost least.
+    """Choose the page of the block pool, and tokens per page, so that requests cost least.
+
+    Few block tables and short steps of prefix-cache hits go first, where they can be had.
 
     Args:
         max_model_len: tokens; the cost is that of requests of 1/8 to all of it.
         block_size: stock vLLM's, used if there is only one pool and nothing to match.
+        foreign: layers that are not split by heads, with pages of any length.
+        foreign_block_sizes: tokens per page that those layers' backends accept.
 
     Raises:
         ValueError: no retrieval head, and the config does not allow it.
     """
     if heads.retrieval_quota == 0 and not config.allow_no_retrieval_heads:
         raise ValueError("razor: the head profile names no retrieval head; at least one is needed")
-    if heads.retrieval_quota == 0 or heads.local_quota == 0:
-        return MemoryPlan(config, heads, dtype, PoolSizes(block_size, block_size), block_size)
-    plans = [
-        MemoryPlan(config, heads, dtype, PoolSizes(retrieval, local), block_size)
-        for local in _LOCAL_BLOCK_SIZES
-        for retrieval in _matching_blocks(heads, dtype, local)
-    ]
+    plans = (
+        MemoryPlan(config, heads, dtype, PoolSizes(*sizes), block_size, layers, least)
+        for layers in _foreign_choices(foreign, foreign_block_sizes)
+        for least in _least_pages(layers)
+        for sizes in _pool_sizes(heads, dtype, block_size, layers, least)
+    )
     return min(plans, key=lambda plan: _cost(plan, max_model_len))
 
 
-def _matching_blocks(heads: RankHeads, dtype: torch.dtype, local: int) -> tuple[int, int]:
-    """The multiples of 16 tokens whose retrieval pages are just below and above a local page."""
-    rows = PageLayout(local, heads.profile.head_size, dtype, has_tail=True).rows
-    exact = rows * heads.local_quota / heads.retrieval_quota
-    below = max(math.floor(exact / _BLOCK_STEP), 1) * _BLOCK_STEP
-    return below, below + _BLOCK_STEP
+def _foreign_choices(
+    foreign: Sequence[ForeignLayers], block_sizes: Sequence[int]
+) -> Iterator[tuple[ForeignLayers, ...]]:
+    """The foreign layers with each length that their pages may have."""
+    if all(layers.is_state for layers in foreign):
+        yield tuple(foreign)
+        return
+    for size in block_sizes:
+        yield tuple(layers.with_block_size(size) for layers in foreign)
 
 
-def _cost(plan: MemoryPlan, max_model_len: int) -> tuple[bool, float]:
+def _least_pages(foreign: Sequence[ForeignLayers]) -> list[int]:
+    """Bytes of a page that hold so many layers of one spec that another would add no group less."""
+    least = {0}
+    for layers in foreign:
+        for groups in range(1, min(layers.num_layers, 2 * _MAX_TABLES) + 1):
+            least.add(-(-layers.num_layers // groups) * layers.page_bytes)
+    # The largest layer must fit a page; a draft's must all, since vLLM wants them in one group.
+    largest = max((layers.page_bytes * layers.num_together for layers in foreign), default=0)
+    return sorted({max(size, largest) for size in least})
+
+
+def _pool_sizes(
+    heads: RankHeads,
+    dtype: torch.dtype,
+    block_size: int,
+    foreign: Sequence[ForeignLayers],
+    least: int,
+) -> Iterator[tuple[int, int]]:
+    """Tokens per page of both pools, whose pages nearly fill one of at least `least` bytes."""
+    retrieval, local = heads.retrieval_quota, heads.local_quota
+    head_size = heads.profile.head_size
+    row = PageLayout(_BLOCK_STEP, head_size, dtype, has_tail=False).row_bytes
+    if not (retrieval and local):
+        fitting = least // (row * (retrieval or local)) // _BLOCK_STEP * _BLOCK_STEP
+        for size in {block_size, *(s for s in (fitting, fitting + _BLOCK_STEP) if foreign)} - {0}:
+            yield size, size
+        return
+    sizes = set(_LOCAL_BLOCK_SIZES)
+    if foreign:
+        longest = _MAX_STATE_BLOCK_SIZE if any(f.is_state for f in foreign) else max(sizes)
+        tail = PageLayout(_BLOCK_STEP, head_size, dtype, has_tail=True).rows - _BLOCK_STEP
+        fitting = (least // (row * local) - tail) // _BLOCK_STEP * _BLOCK_STEP
+        near = (fitting, fitting + _BLOCK_STEP)
+        sizes |= {_BLOCK_STEP} | {min(max(size, _BLOCK_STEP), longest) for size in near}
+    for size in sizes:
+        page = PageLayout(size, head_size, dtype, has_tail=True).page_bytes(local)
+        exact = max(page, least) / (row * retrieval)
+        below = max(math.floor(exact / _BLOCK_STEP), 1) * _BLOCK_STEP
+        whole = math.floor(exact / size) * size  # hits come in fewer tokens
+        for tokens in {below, below + _BLOCK_STEP, *([whole] if foreign and whole else [])}:
+            yield tokens, size
+
+
+def _cost(plan: MemoryPlan, max_model_len: int) -> tuple[bool, bool, float, int, float]:
     lengths = [max(max_model_len // part, 1) for part in (8, 4, 2, 1)]
     mean = sum(plan.request_bytes(n) / n for n in lengths) / len(lengths)
-    return math.lcm(*plan.blocks) > _MAX_HIT_TOKENS, mean
+    # Beside states pages are long, and short steps of hits would waste most of them.
+    has_states = any(layers.is_state for layers in plan.foreign)
+    longest_hit = max(plan.blocks) if has_states else _MAX_HIT_TOKENS
+    near = round(math.log(mean) / _NEAR) if has_states else mean
+    long_hits = plan.hit_tokens > longest_hit
+    return plan.num_tables > _MAX_TABLES, long_hits, near, plan.hit_tokens, mean

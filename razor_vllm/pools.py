@@ -1,13 +1,13 @@
 """The two cache "layers" that vLLM sees, and their attachment to a loaded model.
 
 vLLM gives memory to layers. All retrieval heads of a rank share one cache layer and
-all local heads another. The model's own attention layers are marked as sharing the
+all local heads another. The model's full-attention layers are marked as sharing the
 first one's cache, so that vLLM gives them none. A request then has two block tables,
-whatever the head map looks like.
+whatever the head map looks like. Layers of other kinds have caches of their own (`foreign`).
 """
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,17 +17,18 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from razor_kernels.forms import Form, Setting, choose_form
 from razor_kernels.step import LayerHeads, PoolPages
 from razor_vllm import compat
 from razor_vllm.config import config_of
+from razor_vllm.foreign import ForeignLayers
 from razor_vllm.managers import register_specs
 from razor_vllm.partition import rank_heads
-from razor_vllm.plan import POOLS, MemoryPlan, plan_memory
-from razor_vllm.specs import pool_specs
-from razor_vllm.support import check_layers
+from razor_vllm.plan import FOREIGN_BLOCK_SIZES, POOLS, MemoryPlan, plan_memory
+from razor_vllm.specs import foreign_layers, pool_specs
+from razor_vllm.support import check_foreign, check_layers, check_shape
 
 
 class Pool(nn.Module, AttentionLayerBase):
@@ -92,7 +93,7 @@ class Attachment:
     """What a worker knows of its pools: the plan, and each layer's heads.
 
     Args:
-        layers: the attention layers of this rank.
+        layers: the full-attention layers of this rank.
     """
 
     def __init__(self, vllm_config: VllmConfig, layers: dict[str, Attention]) -> None:
@@ -108,11 +109,14 @@ class Attachment:
         self.heads = rank_heads(
             vllm_config, get_pp_group().rank_in_group, get_tensor_model_parallel_rank()
         )
-        found = (len(layers), first.num_kv_heads, first.head_size)
-        self.heads.profile.check_model(*found)
-        self.layer_index = {
-            name: index for index, name in enumerate(sorted(layers, key=extract_layer_index))
-        }
+        names = sorted(layers, key=extract_layer_index)
+        check_shape(
+            self.heads,
+            [extract_layer_index(name) for name in names],
+            first.num_kv_heads,
+            first.head_size,
+        )
+        self.layer_index = {name: index for index, name in enumerate(names)}
         quotas = (self.heads.retrieval_quota, self.heads.local_quota)
         pools = [
             Pool(name, index == 0, first.num_heads, first.attn_backend, self) if quota else None
@@ -128,13 +132,33 @@ class Attachment:
         Not earlier, because vLLM chooses its block size after the model is loaded. And not
         again, because vLLM later changes that size and the model's length, while pages stay.
         """
+        foreign, block_sizes = self._foreign()
         return plan_memory(
             self.config,
             self.heads,
             self.dtype,
             self.vllm_config.model_config.max_model_len,
             self.vllm_config.cache_config.block_size,
+            foreign,
+            block_sizes,
         )
+
+    def _foreign(self) -> tuple[tuple[ForeignLayers, ...], list[int]]:
+        """The layers that are not split by heads, a draft's included, and the lengths that
+        their pages may have."""
+        kind: Any = AttentionLayerBase
+        specs: dict[str, KVCacheSpec] = {}
+        block_sizes = list(FOREIGN_BLOCK_SIZES)
+        for name, layer in get_layers_from_vllm_config(self.vllm_config, kind).items():
+            if name in self.layer_index or isinstance(layer, Pool):
+                continue
+            spec, backend = layer.get_kv_cache_spec(self.vllm_config), layer.get_attn_backend()
+            if isinstance(spec, AttentionSpec):
+                spec = backend.customize_spec(spec)
+                block_sizes = [size for size in block_sizes if backend.supports_block_size(size)]
+            check_foreign(name, layer, spec)
+            specs[name] = spec
+        return foreign_layers(specs.values(), self.vllm_config), block_sizes
 
     @functools.cached_property
     def form(self) -> Form:
@@ -175,8 +199,11 @@ def stored_dtype(layer: Attention) -> torch.dtype:
     return layer.kv_cache_torch_dtype
 
 
-def attach(vllm_config: VllmConfig) -> None:
+def attach(vllm_config: VllmConfig, backend: type[AttentionBackend]) -> None:
     """Give a loaded model its pools; later calls do nothing.
+
+    Args:
+        backend: ours, which vLLM gives to layers with full attention.
 
     Raises:
         ValueError: the profile is of another model.
@@ -186,8 +213,12 @@ def attach(vllm_config: VllmConfig) -> None:
     if any(name in context for name in POOLS):
         return
     register_specs()
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
-    check_layers(vllm_config, layers)
+    layers = {
+        name: layer
+        for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
+        if issubclass(layer.attn_backend, backend)
+    }
+    check_layers(layers)
     attached = Attachment(vllm_config, layers)
     pools = {pool.layer_name: pool for pool in attached.pools if pool is not None}
     context.update(pools)

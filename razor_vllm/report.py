@@ -2,16 +2,17 @@
 
 import logging
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from razor_vllm.config import config_of
 from razor_vllm.partition import rank_heads
 from razor_vllm.plan import MemoryPlan, PoolSizes
-from razor_vllm.specs import LocalSpec, RetrievalSpec
+from razor_vllm.specs import LocalSpec, RetrievalSpec, foreign_layers, is_pool
+from razor_vllm.support import refuse
 from razor_vllm.turns import turn_of
 
 logger = init_logger("vllm.razor")
@@ -54,22 +55,22 @@ class MixMemory(NamedTuple):
 
 
 def check_attached(kv_cache_specs: list[dict[str, KVCacheSpec]]) -> None:
-    """Refuse an engine whose workers report caches that are not ours.
+    """Refuse an engine whose workers report no caches of ours.
 
     Raises:
+        NotImplementedError: no layer has full attention.
         RuntimeError: naming what was found.
     """
     for specs in kv_cache_specs:
-        foreign = {
-            name: type(spec).__name__
-            for name, spec in specs.items()
-            if not isinstance(spec, RetrievalSpec | LocalSpec)
-        }
-        if foreign or not specs:
+        if not any(is_pool(spec) for spec in specs.values()):
+            if specs and not any(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
+                kinds = {type(spec).__name__ for spec in specs.values()}
+                raise refuse(f"a model without full attention (caches: {', '.join(kinds)})")
+            found = {name: type(spec).__name__ for name, spec in specs.items()}
             raise RuntimeError(
-                "razor: the policy did not attach to the model: expected only razor's "
-                f"pools among the KV caches, found {foreign or 'none'}. Is the plugin "
-                "'razor' loaded in every process (VLLM_PLUGINS)?"
+                "razor: the policy did not attach to the model: expected razor's pools among the "
+                f"KV caches, found {found or 'none'}. Is the plugin 'razor' loaded in every "
+                "process (VLLM_PLUGINS)?"
             )
 
 
@@ -77,47 +78,63 @@ def plan_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> MemoryPl
     """The plan of the allocated pools of an engine's first rank; all ranks cost the same."""
     config = config_of(vllm_config.additional_config)
     assert config is not None, "the policy was not asked for"
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    first = specs[0]
-    assert isinstance(first, RetrievalSpec | LocalSpec)
-    sizes = {type(spec): spec.block_size for spec in specs}
+    groups = kv_cache_config.kv_cache_groups
+    pools = [group.kv_cache_spec for group in groups if is_pool(group.kv_cache_spec)]
+    first = cast(RetrievalSpec | LocalSpec, pools[0])
+    sizes = {type(spec): spec.block_size for spec in pools}
     # With one kind of head there is one pool, and the other's size does not matter.
     blocks = PoolSizes(
         sizes.get(RetrievalSpec, first.block_size), sizes.get(LocalSpec, first.block_size)
     )
     heads = rank_heads(vllm_config, 0, 0)
-    return MemoryPlan(config, heads, first.dtype, blocks, first.full_block_size)
+    others = (
+        group.kv_cache_spec
+        for group in groups
+        if not is_pool(group.kv_cache_spec)
+        for _ in group.layer_names
+    )
+    return MemoryPlan(
+        config,
+        heads,
+        first.dtype,
+        blocks,
+        first.full_block_size,
+        foreign_layers(others, vllm_config),
+        first.page_size_bytes,
+    )
 
 
 class Capacity(NamedTuple):
-    """Pages that requests may hold in an engine's KV memory, under the policy and under stock
-    vLLM; each also has a null page."""
+    """Bytes that requests may hold in an engine's KV memory, under the policy and under stock
+    vLLM; each also has a null page. pages: of the block pool, without that one."""
 
     pages: int
-    full_pages: int
+    held: int
+    full: int
 
     @classmethod
     def of(cls, plan: MemoryPlan, memory: int) -> "Capacity":
         """The capacity of `memory` bytes."""
-        return cls(
-            max(memory // plan.page_bytes - 1, 0), max(memory // plan.full_page_bytes - 1, 0)
-        )
+        pages = max(memory // plan.page_bytes - 1, 0)
+        full_pages = max(memory // plan.full_page_bytes - 1, 0)
+        return cls(pages, pages * plan.page_bytes, full_pages * plan.full_page_bytes)
 
 
 def request_memory(plan: MemoryPlan, num_tokens: int, capacity: Capacity) -> RequestMemory:
     """KV memory of one decoding request, and how many fit."""
     until = 0 if plan.config.prefill == "windowed" else num_tokens
+    held, full = plan.request_bytes(num_tokens), plan.full_request_bytes(num_tokens)
     waiting = plan.waiting_pages(num_tokens)
     return RequestMemory(
         num_tokens=num_tokens,
-        held=plan.request_bytes(num_tokens),
-        full=plan.full_request_bytes(num_tokens),
-        fit=capacity.pages // plan.request_pages(num_tokens),
-        fit_full=capacity.full_pages // plan.full_request_pages(num_tokens),
+        held=held,
+        full=full,
+        fit=capacity.held // held,
+        fit_full=capacity.full // full,
         prefill=plan.request_bytes(num_tokens, dense_until=until),
         waiting=waiting * plan.page_bytes,
         fit_waiting=capacity.pages // max(waiting, 1),
-        fit_waiting_full=capacity.full_pages // max(num_tokens // plan.full_block_size, 1),
+        fit_waiting_full=capacity.full // full,
     )
 
 
@@ -130,8 +147,7 @@ def mix_memory(plan: MemoryPlan, mix: Mapping[int, float], capacity: Capacity) -
     total = sum(mix.values())
     held = sum(plan.request_bytes(n) * weight for n, weight in mix.items()) / total
     full = sum(plan.full_request_bytes(n) * weight for n, weight in mix.items()) / total
-    fit = int(capacity.pages * plan.page_bytes // held)
-    return MixMemory(held, full, fit, int(capacity.full_pages * plan.full_page_bytes // full))
+    return MixMemory(held, full, int(capacity.held // held), int(capacity.full // full))
 
 
 def report_lines(plan: MemoryPlan, max_model_len: int, num_blocks: int) -> list[str]:
@@ -154,8 +170,11 @@ def report_lines(plan: MemoryPlan, max_model_len: int, num_blocks: int) -> list[
         f"{plan.num_retrieval_slots} retrieval heads ({padding[0]:.1%} padding) or "
         f"{plan.blocks.local} tokens of {plan.num_local_slots} local heads "
         f"({padding[1]:.1%} padding); {capacity.pages:,} pages",
-        "  tokens    bytes/request   of full   fit (full policy)   waiting chats (full policy)",
     ]
+    lines += foreign_lines(plan)
+    lines.append(
+        "  tokens    bytes/request   of full   fit (full policy)   waiting chats (full policy)"
+    )
     lengths = sorted({*(n for n in _REPORT_LENGTHS if n < max_model_len), max_model_len})
     memories = [request_memory(plan, n, capacity) for n in lengths]
     lines += [
@@ -176,6 +195,24 @@ def report_lines(plan: MemoryPlan, max_model_len: int, num_blocks: int) -> list[
         f"  a waiting chat of {last.num_tokens:,} tokens needs {last.waiting:,} bytes of cache; "
         f"its next turn computes its own tokens, {again}at most {plan.hit_tokens} more"
     )
+    return lines
+
+
+def foreign_lines(plan: MemoryPlan) -> list[str]:
+    """What layers that are not split by heads hold, and in how many tokens hits come."""
+    lines = []
+    for layers in plan.foreign:
+        groups = layers.num_groups(plan.page_bytes)
+        page = "a state" if layers.is_state else f"{layers.block_size} tokens"
+        lines.append(
+            f"  {layers.num_layers} other layers ({layers.kind}) keep vLLM's own cache: {groups} "
+            f"block tables, a page holds {page} of up to {plan.page_bytes // layers.page_bytes}"
+        )
+    if plan.foreign:
+        lines.append(
+            f"  {plan.num_tables} block tables a request; prefix-cache hits come in "
+            f"{plan.hit_tokens:,} tokens"
+        )
     return lines
 
 

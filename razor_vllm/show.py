@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from razor_vllm.config import RazorConfig
+from razor_vllm.foreign import ForeignLayers
 from razor_vllm.heads.profile import HeadProfile, write_whole
 from razor_vllm.partition import partition, pipeline_stages, whole
 from razor_vllm.plan import plan_memory
+from razor_vllm.report import foreign_lines
 
 _SHADES = " .:-=+*#"
 CARRYING_MASS = 0.95
@@ -64,16 +66,13 @@ def text(profile: HeadProfile, window: int, lengths: Sequence[int]) -> str:
         lines.append("  ".join(cells).rstrip())
     lines += [f"score mass that the chosen heads hold, {n}: {m:.1%}" for n, m in _mass(profile)]
     lines += _warning(profile)
-    if profile.sliding_layers:
-        lines.append(
-            "~ a layer with a sliding window of the model's own; such models are not served"
-        )
-        return "\n".join(lines)
+    if profile.other_layers:
+        lines.append("~ a layer without full attention: its memory is not counted below")
     return "\n".join(lines + _bytes_lines(profile, window, lengths))
 
 
 def _grid(profile: HeadProfile, layer: int) -> str:
-    other = "~" if layer in profile.sliding_layers else "."
+    other = "~" if layer in profile.other_layers else "."
     heads = profile.retrieval_heads[layer]
     return "".join("#" if h in heads else other for h in range(profile.num_kv_heads))
 
@@ -99,22 +98,22 @@ def plan_text(
     max_model_len: int,
     kv_bytes: int,
     dtype: torch.dtype,
+    foreign: Sequence[ForeignLayers] = (),
 ) -> str:
     """Slots of each rank, the cost of equal slots on all ranks, and requests that fit.
 
     Args:
         max_model_len: tokens of a request. kv_bytes: KV memory of one rank.
+        foreign: the layers without full attention, on each rank.
 
     Raises:
         ValueError: heads or layers that do not divide, or sizes that make no sense.
-        NotImplementedError: a model that is not served.
     """
     for name, value in (("tp", tp_size), ("kv-memory", kv_bytes), ("max-model-len", max_model_len)):
         if value < 1:
             raise ValueError(f"{name} is {value}; accepted are numbers above 0")
     ranks = partition(profile, tp_size, pipeline_stages(profile.num_layers, pp_size))
-    plans = [plan_memory(config, rank, dtype, max_model_len, _FULL_BLOCK_SIZE) for rank in ranks]
-    first = plans[0]
+    first = plan_memory(config, ranks[0], dtype, max_model_len, _FULL_BLOCK_SIZE, foreign)
     lines = [
         f"{len(ranks)} ranks (tp {tp_size}, pp {pp_size}): {ranks[0].retrieval_quota} retrieval "
         f"and {ranks[0].local_quota} local slots each"
@@ -123,27 +122,44 @@ def plan_text(
         own = rank.profile
         promoted = ", ".join(f"{layer}.{head}" for layer, head in rank.promoted) or "none"
         lines.append(
-            f"  rank {number}: layers {rank.layers.start}-{rank.layers.stop - 1}, KV heads "
+            f"  rank {number}: layers {_ranges(rank.layers)}, KV heads "
             f"{rank.first_head}-{rank.first_head + own.num_kv_heads - 1}, "
             f"{own.num_retrieval_heads} retrieve, promoted (layer.head): {promoted}"
         )
     held = first.request_bytes(max_model_len)
-    one = plan_memory(config, whole(profile), dtype, max_model_len, _FULL_BLOCK_SIZE)
-    copies = max(tp_size // profile.num_kv_heads, 1)
-    ideal = one.request_bytes(max_model_len) * copies
+    # Of the two pools alone: other layers have no heads to even out.
+    pools, ideal = (
+        plan_memory(config, heads, dtype, max_model_len, _FULL_BLOCK_SIZE).request_bytes(
+            max_model_len
+        )
+        for heads in (ranks[0], whole(profile))
+    )
+    ideal *= max(tp_size // profile.num_kv_heads, 1)
     full = first.full_request_bytes(max_model_len)
     pages = kv_bytes // first.page_bytes - 1  # vLLM keeps one for itself
     fit = max(pages, 0) // first.request_pages(max_model_len)
     waiting = max(first.waiting_pages(max_model_len), 1)
+    lines += foreign_lines(first)
     lines += [
         f"a decoding request of {max_model_len:,} tokens holds {held:,} bytes a rank "
         f"({held / full:.1%} of the full policy's {full:,})",
-        f"evening-out costs {held * len(ranks) / ideal - 1:.1%} over one device's layout",
+        f"evening-out costs {pools * len(ranks) / ideal - 1:.1%} over one device's layout",
         f"{fit} such requests fit {kv_bytes:,} bytes a rank (full policy: {kv_bytes // full})",
         f"a chat of that length that waits for its next turn keeps {waiting * first.page_bytes:,} "
         f"bytes ({config.prefill} prefill): {max(pages, 0) // waiting} such chats fit",
     ]
     return "\n".join(lines)
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Layers in order, runs of them as first-last."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def _shade(share: float) -> str:

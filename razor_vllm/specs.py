@@ -1,13 +1,23 @@
-"""What the two pools tell vLLM about their pages."""
+"""What the two pools tell vLLM about their pages, and how layers share pages."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, cast
 
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
 from razor_kernels import PageLayout, Window
 from razor_vllm.config import RazorConfig
+from razor_vllm.foreign import ForeignLayers, grouped
 from razor_vllm.plan import MemoryPlan
 
 
@@ -18,6 +28,8 @@ class RetrievalSpec(FullAttentionSpec):
     razor: RazorConfig
     full_block_size: int
     """Tokens per page of stock vLLM when the plan was made: vLLM's own setting changes later."""
+    foreign_block_size: int | None
+    """Tokens per page of layers that are not split by heads; None where there are none."""
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -32,6 +44,7 @@ class LocalSpec(SlidingWindowSpec):
 
     razor: RazorConfig
     full_block_size: int
+    foreign_block_size: int | None
     """See `RetrievalSpec`."""
 
     @property
@@ -81,6 +94,8 @@ class LocalSpec(SlidingWindowSpec):
 def pool_specs(plan: MemoryPlan) -> tuple[RetrievalSpec | None, LocalSpec | None]:
     """Specs of the pools that have slots, with pages of equal bytes."""
     head_size, dtype = plan.profile.head_size, plan.dtype
+    foreign = {layers.block_size for layers in plan.foreign if not layers.is_state}
+    foreign_block_size = max(foreign, default=None)
     retrieval = local = None
     if plan.num_retrieval_slots:
         retrieval = RetrievalSpec(
@@ -90,6 +105,7 @@ def pool_specs(plan: MemoryPlan) -> tuple[RetrievalSpec | None, LocalSpec | None
             dtype=dtype,
             razor=plan.config,
             full_block_size=plan.full_block_size,
+            foreign_block_size=foreign_block_size,
         )
     if plan.num_local_slots:
         local = LocalSpec(
@@ -100,8 +116,72 @@ def pool_specs(plan: MemoryPlan) -> tuple[RetrievalSpec | None, LocalSpec | None
             sliding_window=plan.config.window,
             razor=plan.config,
             full_block_size=plan.full_block_size,
+            foreign_block_size=foreign_block_size,
         )
-    if retrieval is not None and local is not None:
-        retrieval = replace(retrieval, page_size_padded=plan.page_bytes)
-        local = replace(local, page_size_padded=plan.page_bytes)
-    return retrieval, local
+    page_bytes = plan.page_bytes
+    return (
+        retrieval and replace(retrieval, page_size_padded=page_bytes),
+        local and replace(local, page_size_padded=page_bytes),
+    )
+
+
+def foreign_layers(
+    specs: Iterable[KVCacheSpec], vllm_config: VllmConfig
+) -> tuple[ForeignLayers, ...]:
+    """What the plan knows of layers that are not split by heads.
+
+    Args:
+        specs: one a layer.
+    """
+    found = []
+    for spec, count in Counter(specs).items():
+        window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
+        states = 0
+        if isinstance(spec, MambaSpec):
+            states = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
+        found.append(ForeignLayers(count, spec.page_size_bytes, spec.block_size, window, states))
+    return tuple(found)
+
+
+def is_pool(spec: KVCacheSpec) -> bool:
+    """Whether a spec is that of one of the two pools."""
+    return isinstance(spec, RetrievalSpec | LocalSpec)
+
+
+def kv_cache_groups(
+    specs: dict[str, KVCacheSpec], drafts_lag: bool = False
+) -> list[KVCacheGroupSpec]:
+    """Cache groups, each with a block table: a draft's, one a pool, and few for all other layers.
+
+    A draft's comes first, because vLLM's V1 runner gives the first group's table to draft models,
+    in whatever group they are. vLLM's own grouping would merge a sliding layer with the local
+    pool where their windows are equal, and cannot have pages that differ.
+
+    Args:
+        specs: of all cache layers by name.
+        drafts_lag: whether the last block of a prefix is not yet good in a draft's layers, as
+            with EAGLE heads; vLLM then leaves it out of hits.
+    """
+    pools = {name: spec for name, spec in specs.items() if is_pool(spec)}
+    drafts: list[KVCacheGroupSpec] = []
+    others: list[KVCacheGroupSpec] = []
+    first = cast(RetrievalSpec | LocalSpec, next(iter(pools.values())))
+    same: dict[KVCacheSpec, list[str]] = {}
+    for name, spec in specs.items():
+        if name not in pools:
+            if isinstance(spec, AttentionSpec):
+                assert first.foreign_block_size is not None, "a foreign layer that is not planned"
+                spec = replace(spec, block_size=first.foreign_block_size)
+            same.setdefault(spec, []).append(name)
+    for spec, names in same.items():
+        shared = grouped(names, spec.page_size_bytes, first.page_size_bytes)
+        # Full attention that is not a pool's is a draft's. Where no group is marked, vLLM takes
+        # all for drafts.
+        is_draft = isinstance(spec, FullAttentionSpec)
+        made = [
+            KVCacheGroupSpec(group, spec, is_eagle_group=drafts_lag and is_draft)
+            for group in shared
+        ]
+        (drafts if is_draft else others).extend(made)
+    own = [KVCacheGroupSpec([name], spec) for name, spec in pools.items()]
+    return [*drafts, *own, *others]

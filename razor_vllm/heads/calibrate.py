@@ -37,6 +37,7 @@ from razor_vllm.heads import alibi, attribution
 from razor_vllm.heads.attention import causal_attention, check_attention, refuse
 from razor_vllm.heads.attribution import AttributionOptions
 from razor_vllm.heads.profile import HeadProfile
+from razor_vllm.heads.shapes import FULL, LINEAR, layer_kinds
 
 ATTENTION = "razor_probe"
 """Name of the probing attention in transformers' registry."""
@@ -102,10 +103,19 @@ class Probe:
     Args:
         num_layers: of the model. max_positions: its length in tokens; a sliding window of at
             least that counts as none. period: of the probe.
+        without: layers that have no attention.
     """
 
-    def __init__(self, num_layers: int, max_positions: int, period: int, progress: tqdm) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        max_positions: int,
+        period: int,
+        progress: tqdm,
+        without: Container[int] = (),
+    ) -> None:
         self.num_layers = num_layers
+        self.attending = [layer for layer in range(num_layers) if layer not in without]
         self.max_positions = max_positions
         self.period = period
         self.progress = progress
@@ -160,9 +170,9 @@ class Probe:
             NotImplementedError: a layer did not pass through transformers' registry, all have
                 sliding windows, or layers differ in KV heads or head size.
         """
-        if sorted(self.layers) != list(range(self.num_layers)):
+        if sorted(self.layers) != self.attending:
             raise refuse(
-                f"a model of which {len(self.layers)} of {self.num_layers} layers pass through "
+                f"a model of which {len(self.layers)} of {len(self.attending)} layers pass through "
                 "transformers' attention interface"
             )
         full = {at: layer for at, layer in sorted(self.layers.items()) if layer is not None}
@@ -268,7 +278,7 @@ def check_config(config: Any) -> None:
     if not (getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)):
         raise refuse(f"a {config.model_type} model, without rotary embeddings,")
     kinds = set(getattr(config, "layer_types", None) or ())
-    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    others = sorted(kinds - {FULL, "sliding_attention", LINEAR})
     if others:
         raise refuse(f"a {config.model_type} model with layers of {', '.join(others)}")
     if getattr(config, "num_kv_shared_layers", 0):
@@ -372,8 +382,9 @@ def probe_model(
     vocab, bos_token = probe_vocabulary(model_name, config, revision)
     layers, heads = config.num_hidden_layers, {}
     rounds = []
+    linear = [at for at, kind in enumerate(layer_kinds(config)) if kind == LINEAR]
     with tqdm(total=layers * len(options.seeds), desc="layers x seeds", unit="layer") as progress:
-        probe = Probe(layers, max_positions, period, progress)
+        probe = Probe(layers, max_positions, period, progress, linear)
         with loaded(model_name, probe.attend, device_map, dtype, revision) as model:
             for seed in options.seeds:
                 heads = run_probe(model, probe, probe_ids(vocab, bos_token, period, seed))
@@ -486,7 +497,7 @@ def _profile(
             "stability": round(stability(choices), 4),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         },
-        sliding_layers=sliding,
+        other_layers=sliding,
     )
 
 
@@ -516,7 +527,7 @@ def _attributed(found: attribution.Found, options: AttributionOptions) -> HeadPr
             "stability": round(stability(choices), 4),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         },
-        sliding_layers=tuple(at for at in range(num_layers) if at not in found.full_layers),
+        other_layers=tuple(at for at in range(num_layers) if at not in found.full_layers),
     )
 
 

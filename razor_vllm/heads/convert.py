@@ -13,7 +13,7 @@ Gates and rankings need a share or a threshold; sets are taken unchanged.
 import json
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,21 +21,13 @@ from typing import Any, NamedTuple
 import torch
 
 from razor_vllm.heads.profile import HeadProfile, read_bounded, write_whole
+from razor_vllm.heads.shapes import ModelShape
 
 DUO_FILE = "full_attention_heads.tsv"
 DUO_SIZES = "config.json"
 Rows = tuple[tuple[float, ...], ...]
 _SLACK = 0.01
 """Published gates leave 0..1 by up to 0.0014 (DuoAttention's Llama-2-7B); they are clipped."""
-
-
-class ModelShape(NamedTuple):
-    """Shape of the model that a pattern is for."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
 
 
 class Selection(NamedTuple):
@@ -154,8 +146,19 @@ def scores_of_ranking(data: dict[str, Any], shape: ModelShape) -> Rows:
     )
 
 
-def select(gates: Rows, selection: Selection) -> tuple[tuple[int, ...], ...]:
+def _without(rows: Rows, shape: ModelShape) -> Rows:
+    """Gates or scores with nothing in layers that have no full attention."""
+    nothing = (0.0,) * shape.num_kv_heads
+    return tuple(nothing if at in shape.other_layers else row for at, row in enumerate(rows))
+
+
+def select(
+    gates: Rows, selection: Selection, left_out: Container[int] = ()
+) -> tuple[tuple[int, ...], ...]:
     """KV heads by gate; ties go to the lower layer and head.
+
+    Args:
+        left_out: layers whose heads are neither chosen nor counted.
 
     Raises:
         ValueError: neither or both of share and threshold, a share outside (0, 1].
@@ -166,11 +169,16 @@ def select(gates: Rows, selection: Selection) -> tuple[tuple[int, ...], ...]:
         limit = selection.threshold
         if limit < 0 or not any(x >= limit for row in gates for x in row):
             raise ValueError(f"threshold is {limit}: no gate reaches it, or every gate would")
-        return tuple(tuple(h for h, x in enumerate(row) if x >= limit) for row in gates)
+        return tuple(
+            tuple(h for h, x in enumerate(row) if x >= limit and at not in left_out)
+            for at, row in enumerate(gates)
+        )
     assert selection.share is not None
     if not 0 < selection.share <= 1:
         raise ValueError(f"share is {selection.share}; accepted are numbers above 0 up to 1")
-    ranked = sorted((-x, at, h) for at, row in enumerate(gates) for h, x in enumerate(row))
+    ranked = sorted(
+        (-x, at, h) for at, row in enumerate(gates) for h, x in enumerate(row) if at not in left_out
+    )
     count = math.ceil(round(selection.share * len(ranked), 6))
     chosen = {(at, h) for _, at, h in ranked[:count]}
     return tuple(
@@ -207,7 +215,8 @@ def _from_tsv(
         )
     if selection == Selection() and all(x in (0.0, 1.0) for row in gates for x in row):
         return tuple(tuple(h for h, x in enumerate(row) if x) for row in gates), {}
-    return select(gates, selection), {"gate": gates}
+    gates = _without(gates, shape)
+    return select(gates, selection, shape.other_layers), {"gate": gates}
 
 
 def _from_pt(raw: bytes, shape: ModelShape) -> tuple[tuple[int, ...], ...]:
@@ -239,8 +248,8 @@ def convert(path: Path, shape: ModelShape, selection: Selection) -> HeadProfile:
         elif source.suffix == ".json":
             data = _json(raw)
             if all("-" in key for key in data):
-                scores = {"importance": scores_of_ranking(data, shape)}
-                heads = select(scores["importance"], selection)
+                scores = {"importance": _without(scores_of_ranking(data, shape), shape)}
+                heads = select(scores["importance"], selection, shape.other_layers)
             else:
                 heads = heads_of_sets([data], shape)
         else:
@@ -257,6 +266,7 @@ def convert(path: Path, shape: ModelShape, selection: Selection) -> HeadProfile:
                 "selection": selection._asdict(),
                 **({"made_for": sizes} if sizes else {}),
             },
+            shape.other_layers,
         )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error

@@ -7,13 +7,14 @@
      "retrieval_heads": [[0], [], [1, 3], []],       KV heads, a list per layer
      "scores": {"induction": [[0.9, ...], ...]},     a row per layer, a column per KV head
      "made_by": {"method": "..."},
-     "sliding_layers": [1]}                          optional: layers with a sliding window
+     "other_layers": [1]}                            optional: layers of no full attention
 """
 
 import json
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ FILE_NAME = "razor_profile.json"
 FORMAT = "razor-head-profile"
 VERSION = 1
 MAX_BYTES = 16 * 1024 * 1024
-_KEYS = {"format", "version", "model", "retrieval_heads", "scores", "made_by", "sliding_layers"}
+_KEYS = {"format", "version", "model", "retrieval_heads", "scores", "made_by", "other_layers"}
+_OLD_OTHER_LAYERS = "sliding_layers"
+"""The name of `other_layers` in files of razor-vllm 0.1."""
 _MODEL_KEYS = ("num_layers", "num_kv_heads", "head_size")
 
 
@@ -33,12 +36,13 @@ class HeadProfile:
     """Choice of retrieval heads for one model.
 
     Args:
-        num_layers, num_kv_heads, head_size: fingerprint of the model.
+        num_layers: of the model. num_kv_heads, head_size: of its layers with full attention.
+            The three are the model's fingerprint.
         retrieval_heads: sorted KV heads, a tuple per layer.
         scores: name to rows of layers by columns of KV heads, all finite and >= 0.
         made_by: how the profile was found, in any form.
-        sliding_layers: layers with a sliding window in the model itself. Their heads are
-            neither retrieval nor local heads, and score 0.
+        other_layers: layers without full attention, which a hybrid model has: sliding windows,
+            Mamba. They have neither retrieval nor local heads here, and score 0.
 
     Raises:
         ValueError: a shape, a head or a score that does not fit.
@@ -50,7 +54,7 @@ class HeadProfile:
     retrieval_heads: tuple[tuple[int, ...], ...]
     scores: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
-    sliding_layers: tuple[int, ...] = ()
+    other_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in _MODEL_KEYS:
@@ -66,7 +70,7 @@ class HeadProfile:
             self._check_heads(layer, heads)
         for name, rows in self.scores.items():
             self._check_scores(name, rows)
-        self._check_sliding_layers()
+        self._check_other_layers()
 
     def _check_heads(self, layer: int, heads: tuple[int, ...]) -> None:
         for head in heads:
@@ -93,30 +97,38 @@ class HeadProfile:
                         f"scores {name!r}, layer {layer}: {value!r} is not finite and >= 0"
                     )
 
-    def _check_sliding_layers(self) -> None:
-        layers = list(self.sliding_layers)
+    def _check_other_layers(self) -> None:
+        layers = list(self.other_layers)
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int):
-                raise ValueError(f"sliding layer {layer!r} is not a whole number")
+                raise ValueError(f"other layer {layer!r} is not a whole number")
             if not 0 <= layer < self.num_layers:
-                raise ValueError(f"sliding layer {layer} is outside 0..{self.num_layers - 1}")
+                raise ValueError(f"other layer {layer} is outside 0..{self.num_layers - 1}")
             if self.retrieval_heads[layer]:
-                raise ValueError(f"layer {layer} has a sliding window, and retrieval heads")
+                raise ValueError(f"layer {layer} is no full attention, and has retrieval heads")
         if layers != sorted(set(layers)):
-            raise ValueError(f"sliding_layers {layers} are not sorted and unique")
+            raise ValueError(f"other_layers {layers} are not sorted and unique")
+        if len(layers) == self.num_layers:
+            raise ValueError("other_layers are all layers; none has heads to choose from")
 
     @property
     def num_retrieval_heads(self) -> int:
         return sum(len(heads) for heads in self.retrieval_heads)
 
     @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Layers with full attention, whose heads are retrieval or local heads."""
+        others = set(self.other_layers)
+        return tuple(layer for layer in range(self.num_layers) if layer not in others)
+
+    @property
     def num_heads(self) -> int:
-        """KV heads of the whole model."""
-        return self.num_layers * self.num_kv_heads
+        """KV heads of all layers with full attention."""
+        return (self.num_layers - len(self.other_layers)) * self.num_kv_heads
 
     @property
     def kept_share(self) -> float:
-        """Share of the model's KV heads that keep the whole context."""
+        """Share of the KV heads that keep the whole context."""
         return self.num_retrieval_heads / self.num_heads
 
     @property
@@ -125,12 +137,17 @@ class HeadProfile:
         return tuple(len(heads) / self.num_kv_heads for heads in self.retrieval_heads)
 
     def local_heads(self, layer: int) -> tuple[int, ...]:
-        """KV heads of a layer that are not retrieval heads."""
+        """KV heads of a layer with full attention that are not retrieval heads."""
         chosen = set(self.retrieval_heads[layer])
         return tuple(h for h in range(self.num_kv_heads) if h not in chosen)
 
-    def check_model(self, num_layers: int, num_kv_heads: int, head_size: int) -> None:
+    def check_model(
+        self, num_layers: int, num_kv_heads: int, head_size: int, full_layers: Sequence[int]
+    ) -> None:
         """Refuse a profile of another model.
+
+        Args:
+            full_layers: the model's layers with full attention, whose heads the others describe.
 
         Raises:
             ValueError: layers, KV heads or head size differ.
@@ -141,6 +158,11 @@ class HeadProfile:
             raise ValueError(
                 "razor: the head profile is for a model of {} layers, {} KV heads and "
                 "head size {}; this model has {}, {} and {}".format(*found, *expected)
+            )
+        if self.full_layers != tuple(full_layers):
+            raise ValueError(
+                "razor: the head profile is for a model whose full-attention layers are "
+                f"{_listed(self.full_layers)}; this model's are {_listed(full_layers)}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,8 +175,8 @@ class HeadProfile:
             "scores": {name: [list(row) for row in rows] for name, rows in self.scores.items()},
             "made_by": self.made_by,
         }
-        if self.sliding_layers:
-            data["sliding_layers"] = list(self.sliding_layers)
+        if self.other_layers:
+            data["other_layers"] = list(self.other_layers)
         return data
 
     def to_json(self) -> str:
@@ -186,6 +208,9 @@ class HeadProfile:
             raise ValueError(f"format is {data.get('format')!r}; accepted is {FORMAT!r}")
         if data.get("version") != VERSION or isinstance(data["version"], bool):
             raise ValueError(f"version is {data.get('version')!r}; accepted is {VERSION}")
+        if _OLD_OTHER_LAYERS in data and "other_layers" not in data:
+            data = {**data, "other_layers": data[_OLD_OTHER_LAYERS]}
+            del data[_OLD_OTHER_LAYERS]
         unknown = sorted(data.keys() - _KEYS)
         if unknown:
             raise ValueError(f"unknown keys {', '.join(unknown)}")
@@ -198,8 +223,12 @@ class HeadProfile:
             retrieval_heads=_rows(data, "retrieval_heads"),
             scores={name: _rows(_object(data, "scores"), name) for name in data.get("scores", {})},
             made_by=_object(data, "made_by"),
-            sliding_layers=_row(data, "sliding_layers"),
+            other_layers=_row(data, "other_layers"),
         )
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) or "none"
 
 
 def _refuse_constant(name: str) -> float:

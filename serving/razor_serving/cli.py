@@ -132,7 +132,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from razor_vllm.heads.alibi import BoundOptions
     from razor_vllm.heads.calibrate import calibrate, joined
     from razor_vllm.heads.profile import FILE_NAME, cache_path, write_profile
-    from razor_vllm.show import curve_text
+    from razor_vllm.show import curve_text, kept_mass
 
     is_folder = Path(args.model).is_dir()
     default = Path(args.model) / FILE_NAME if is_folder else cache_path(args.model, args.revision)
@@ -150,9 +150,14 @@ def _calibrate(args: argparse.Namespace) -> None:
     if "reach" in profile.scores:
         print(f"ALiBi: they may see further than {bound.window:,} tokens; the others cannot")
         return
-    if profile.sliding_layers:
-        layers = ", ".join(map(str, profile.sliding_layers))
-        print(f"left out, for a sliding window of the model's own: layers {layers}")
+    if profile.other_layers:
+        layers = ", ".join(map(str, profile.other_layers))
+        print(f"left out, for they have no full attention: layers {layers}")
+    for name in profile.scores if profile.num_retrieval_heads else ():
+        mass = kept_mass(profile, name)[profile.num_retrieval_heads - 1]
+        print(f"as many of the best heads by {name} hold {mass:.0%} of its scores")
+    if profile.num_kv_heads <= 2:
+        print(f"{profile.num_kv_heads} KV heads a layer: there may be little to win")
     overlap = profile.made_by["stability"]
     print(f"choices of {len(args.seeds)} seeds overlap by {overlap:.0%}")
     if "attribution" in profile.scores:
@@ -210,6 +215,8 @@ def _plan(args: argparse.Namespace) -> None:
 
     from razor_vllm.config import RazorConfig
     from razor_vllm.heads.profile import read_profile
+    from razor_vllm.heads.shapes import shape_of
+    from razor_vllm.other_layers import other_layers
     from razor_vllm.show import plan_text
 
     config = RazorConfig(
@@ -220,25 +227,39 @@ def _plan(args: argparse.Namespace) -> None:
         allow_no_retrieval_heads=True,
     )
     config.check_lengths(args.max_model_len)
+    profile, dtype = read_profile(args.profile), getattr(torch, args.dtype)
+    foreign: tuple[Any, ...] = ()
+    if args.model is not None:
+        model = _text_config(args.model)
+        shape = shape_of(model)
+        profile.check_model(
+            shape.num_layers, shape.num_kv_heads, shape.head_size, profile.full_layers
+        )
+        foreign = other_layers(model, args.tp, dtype)
+    elif profile.other_layers:
+        raise ValueError(
+            f"{args.profile}: {len(profile.other_layers)} of {profile.num_layers} layers have no "
+            "full attention; --model tells what they hold"
+        )
     print(
         plan_text(
-            read_profile(args.profile),
+            profile,
             config,
             args.tp,
             args.pp,
             args.max_model_len,
             _kv_bytes(args.kv_memory),
-            getattr(torch, args.dtype),
+            dtype,
+            foreign,
         )
     )
 
 
 def _convert(args: argparse.Namespace) -> None:
     """Read a published pattern and write a profile, or the other way round."""
-    from transformers import AutoConfig
-
-    from razor_vllm.heads.convert import ModelShape, Selection, convert, write_duo
+    from razor_vllm.heads.convert import Selection, convert, write_duo
     from razor_vllm.heads.profile import FILE_NAME, read_profile, write_profile
+    from razor_vllm.heads.shapes import shape_of
 
     if args.to_duo is not None:
         if not args.to_duo.is_dir():
@@ -251,14 +272,7 @@ def _convert(args: argparse.Namespace) -> None:
     if args.model is None:
         raise ValueError("--model is needed: a pattern does not say its model's shape")
     output = _writable(args.output or Path(FILE_NAME), args.force)
-    config = AutoConfig.from_pretrained(args.model).get_text_config()
-    num_heads = config.num_attention_heads
-    shape = ModelShape(
-        config.num_hidden_layers,
-        num_heads,
-        getattr(config, "num_key_value_heads", None) or num_heads,
-        getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-    )
+    shape = shape_of(_text_config(args.model))
     profile = convert(args.pattern, shape, Selection(args.share, args.threshold))
     write_profile(profile, output)
     print(f"{output}: {profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve")
@@ -266,6 +280,13 @@ def _convert(args: argparse.Namespace) -> None:
     if sizes:
         flags = " ".join(f"--razor-{name} {value}" for name, value in sizes.items())
         print(f"made for {flags}")
+
+
+def _text_config(model: str) -> Any:
+    """The configuration of a model's text part; no weights are read."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model).get_text_config()
 
 
 def _kv_bytes(gibibytes: float) -> int:
@@ -353,6 +374,7 @@ def main() -> None:
     show.add_argument("--force", action="store_true", help="overwrite the picture")
     plan = commands.add_parser("plan", help="slots and memory over ranks")
     plan.add_argument("profile", type=Path)
+    plan.add_argument("--model", help="folder or hub name, for layers without full attention")
     plan.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     plan.add_argument("--pp", type=int, default=1, help="pipeline stages")
     plan.add_argument("--max-model-len", type=int, default=131072, help="tokens of a request")

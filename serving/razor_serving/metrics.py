@@ -20,7 +20,8 @@ every two seconds, or less often if reading takes long.
 
 An engine in a long step is not read, nor is one that was told to end: the figures stay, and
 `time() - vllm:razor_read_timestamp_seconds` is their age. Free pages are of either pool: their
-`pool` is `any`. The shares are NaN while no request holds a page.
+`pool` is `any`. Pages of layers that are not split by heads have the `pool` `other_layers`; only
+layers with full attention have a share. The shares are NaN while no request holds a page.
 """
 
 import asyncio
@@ -93,7 +94,8 @@ class PoolMetrics:
 
     def _update_pages(self, engine: str, figures: dict[str, Any]) -> None:
         amounts = [("any", "free", figures["free"])]
-        for pool in figures["pools"]:
+        groups = [*figures["pools"], {"name": "other_layers", **figures["foreign"]}]
+        for pool in groups if figures["foreign"]["groups"] else figures["pools"]:
             amounts += [(pool["name"], state, pool[state]) for state in ("held", "cached")]
         for pool_name, state, pages in amounts:
             labels = (self._model, engine, pool_name, state)
@@ -104,8 +106,9 @@ class PoolMetrics:
         held, full = figures["request_bytes"], figures["full_bytes"]
         self.kept.labels(self._model, engine).set(held / full if full else math.nan)
         self.saved.labels(self._model, engine).set(full - held)
-        shares = figures["layer_kept"] or [math.nan] * figures["num_layers"]
-        for layer, share in enumerate(shares):
+        layers = figures["layers"]
+        shares = figures["layer_kept"] or [math.nan] * len(layers)
+        for layer, share in zip(layers, shares, strict=True):
             self.layer_kept.labels(self._model, engine, str(layer)).set(share)
         intact = figures["integrity"]["intact"]
         if intact is not None:

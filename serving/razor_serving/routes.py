@@ -21,6 +21,7 @@ from razor_serving import schemas
 from razor_serving.access import OUR_PREFIX
 from razor_serving.reader import WAIT_SECONDS, EngineStopping, MemoryReader, Reading
 from razor_vllm.config import KVPolicy, RazorConfig, config_of, profile_of
+from razor_vllm.foreign import ForeignLayers
 from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.partition import RankHeads, partition, pipeline_stages
 from razor_vllm.plan import MemoryPlan, PoolSizes
@@ -106,8 +107,17 @@ class Service:
         one = next(iter(sizes.values()))
         blocks = PoolSizes(sizes.get("retrieval", one), sizes.get("local", one))
         dtype = getattr(torch, figures["dtype"])
-        full = figures["full_block_size"]
-        return MemoryPlan(self.config, self.ranks()[0], dtype, blocks, full), figures
+        foreign = tuple(ForeignLayers(**layers) for layers in figures["foreign_layers"])
+        plan = MemoryPlan(
+            self.config,
+            self.ranks()[0],
+            dtype,
+            blocks,
+            figures["full_block_size"],
+            foreign,
+            figures["page_bytes"],
+        )
+        return plan, figures
 
     async def picture(self) -> bytes:
         """The head map as PNG; drawn once."""
@@ -167,8 +177,19 @@ async def get_policy(service: ServiceOf) -> schemas.Policy:
             local_tokens=plan.blocks.local,
             retrieval_padding=padding[0],
             local_padding=padding[1],
+            tables=plan.num_tables,
             hit_tokens=plan.hit_tokens,
         ),
+        other_layers=[
+            schemas.OtherLayers(
+                kind=layers.kind,
+                layers=layers.num_layers,
+                groups=layers.num_groups(plan.page_bytes),
+                tokens_per_page=None if layers.is_state else layers.block_size,
+                layer_page_bytes=layers.page_bytes,
+            )
+            for layers in plan.foreign
+        ],
         kv_dtype=figures["dtype"],
         max_model_len=model.max_model_len,
         per_request=schemas.RequestPolicies(
@@ -226,6 +247,11 @@ def _engine(index: int, figures: dict[str, Any], list_requests: bool) -> schemas
         total=amount(figures["pages"]),
         free=amount(figures["free"]),
         pools=pools,
+        other_layers=schemas.OtherMemory(
+            groups=figures["foreign"]["groups"],
+            held=amount(figures["foreign"]["held"]),
+            cached=amount(figures["foreign"]["cached"]),
+        ),
         against_full=_against_full(figures),
         requests=schemas.Requests(
             running=figures["num_running"],
@@ -283,6 +309,7 @@ async def get_heads(
     heads = schemas.Heads(
         num_layers=profile.num_layers,
         num_kv_heads=profile.num_kv_heads,
+        other_layers=list(profile.other_layers),
         retrieval_heads=[list(row) for row in profile.retrieval_heads],
         scores={name: [list(row) for row in rows] for name, rows in profile.scores.items()},
     )

@@ -35,7 +35,7 @@ class HeadSummary(Model):
     """The head profile in numbers."""
 
     num_layers: int
-    num_kv_heads: int = Field(description="KV heads a layer.")
+    num_kv_heads: int = Field(description="KV heads of a layer with full attention.")
     head_size: int
     num_retrieval_heads: int = Field(description="Of all layers.")
     retrieval_share: float
@@ -55,14 +55,25 @@ class RankSlots(Model):
 
 
 class PageShape(Model):
-    """Pages of both pools, of one rank."""
+    """Pages of the block pool, of one rank."""
 
     bytes: int
     retrieval_tokens: int = Field(description="Tokens a page of the retrieval pool.")
     local_tokens: int = Field(description="Tokens a page of the local pool.")
     retrieval_padding: float = Field(description="Share of a retrieval page that is unused.")
     local_padding: float = Field(description="Share of a local page that is unused.")
-    hit_tokens: int = Field(description="Prefix-cache hits come in multiples of so many tokens.")
+    tables: int = Field(description="Block tables of a request.")
+    hit_tokens: int = Field(description="Prefix-cache hits are a multiple of so many tokens.")
+
+
+class OtherLayers(Model):
+    """Layers without full attention, or of a draft, of one kind: they are not split by heads."""
+
+    kind: str
+    layers: int
+    groups: int = Field(description="Block tables of a request.")
+    tokens_per_page: int | None = Field(description="Null where a page holds a Mamba state.")
+    layer_page_bytes: int = Field(description="Bytes of one layer in a page.")
 
 
 class RequestPolicies(Model):
@@ -101,6 +112,7 @@ class Policy(Model):
     heads: HeadSummary
     ranks: list[RankSlots]
     page: PageShape
+    other_layers: list[OtherLayers] = Field(description="Empty where all have full attention.")
     kv_dtype: str
     max_model_len: int
     per_request: RequestPolicies
@@ -125,6 +137,14 @@ class PoolMemory(Model):
     prefix_cache_hit_tokens: int = Field(description="Tokens taken from the prefix cache so far.")
 
 
+class OtherMemory(Model):
+    """All layers that are not split by heads."""
+
+    groups: int = Field(description="Block tables of a request.")
+    held: Amount
+    cached: Amount
+
+
 class RequestMemory(Model):
     """One request that holds pages."""
 
@@ -135,6 +155,7 @@ class RequestMemory(Model):
     num_tokens: int = Field(description="Computed so far.")
     retrieval_pages: int
     local_pages: int
+    foreign_pages: int = Field(description="Of layers that are not split by heads.")
     bytes: int
     full_policy_bytes: int = Field(description="What stock vLLM would hold.")
     num_preemptions: int
@@ -148,8 +169,8 @@ class AgainstFull(Model):
     saved_bytes: int
     kept_share: float | None = Field(description="Null where no request holds a page.")
     kept_share_by_layer: list[float] = Field(
-        description="Of the first rank's layers, padding left out; empty where no request "
-        "holds a page."
+        description="Of the first rank's layers with full attention, padding left out; empty "
+        "where no request holds a page."
     )
 
 
@@ -182,6 +203,7 @@ class EngineMemory(Model):
     total: Amount
     free: Amount = Field(description="Neither held nor cached: of either pool.")
     pools: list[PoolMemory]
+    other_layers: OtherMemory
     against_full: AgainstFull
     requests: Requests
     integrity: Integrity
@@ -204,6 +226,7 @@ class Heads(Model):
     object: Literal["razor.heads"] = "razor.heads"
     num_layers: int
     num_kv_heads: int
+    other_layers: list[int] = Field(description="Layers without full attention.")
     retrieval_heads: list[list[int]] = Field(description="KV heads of each layer that retrieve.")
     scores: dict[str, list[list[float]]] = Field(description="Name to layer to KV head.")
 

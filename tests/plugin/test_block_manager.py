@@ -1,12 +1,14 @@
-"""The block managers of both pools under vLLM's real KVCacheManager.
+"""The block managers of both pools under vLLM's real KVCacheManager, alone and beside the groups
+of layers with sliding windows, which are vLLM's own.
 
 Random sequences of add, advance, finish and preempt run against a model of the pages'
 contents: each written token carries a signature of what its K and V depend on, and each
 query checks that every page it reads holds the signatures that it would have computed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,13 +18,15 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
 from razor_kernels import DENSE_FOREVER
 from razor_vllm.compat import install_engine_patches
 from razor_vllm.config import RazorConfig
+from razor_vllm.foreign import ForeignLayers
 from razor_vllm.heads.profile import HeadProfile
+from razor_vllm.integrity import check_pools, pages_by_state
 from razor_vllm.managers import LocalManager, register_specs
 from razor_vllm.partition import whole
 from razor_vllm.plan import MemoryPlan, PoolSizes
@@ -67,16 +71,22 @@ class Live:
 class World:
     """A scheduler's view of the manager, and the contents of all pages."""
 
-    def __init__(self, plan: MemoryPlan, num_blocks: int, caching: bool) -> None:
+    def __init__(
+        self, plan: MemoryPlan, num_blocks: int, caching: bool, windows: Sequence[int] = ()
+    ) -> None:
+        """windows: of the groups of sliding layers, in tokens; their pages are the plan's."""
         self.plan = plan
-        specs = [spec for spec in pool_specs(plan) if spec is not None]
-        groups = [KVCacheGroupSpec([name], s) for name, s in zip("rl", specs, strict=True)]
-        sizes = [spec.block_size for spec in specs]
+        specs: list[Any] = [spec for spec in pool_specs(plan) if spec is not None]
+        assert [layers.window for layers in plan.foreign] == list(windows)
+        for layers in plan.foreign:
+            specs.append(sliding_spec(layers))
+        groups = [KVCacheGroupSpec([str(at)], spec) for at, spec in enumerate(specs)]
+        self.sizes = [spec.block_size for spec in specs]
         self.hash_size = 16
         self.manager = KVCacheManager(
             KVCacheConfig(num_blocks, [], groups),
             max_model_len=400,
-            scheduler_block_size=sizes[0] * sizes[1] // 16,
+            scheduler_block_size=plan.hit_tokens,
             hash_block_size=self.hash_size,
             max_in_flight_tokens=CHUNK,
             enable_caching=caching,
@@ -159,7 +169,7 @@ class World:
         """Write tokens [start, stop), check all that their queries read."""
         self.check_eviction(live, start)
         for position in range(start, stop):
-            for group in (RETRIEVAL, LOCAL):
+            for group in range(len(self.sizes)):
                 self.write(live, group, position)
         for position in {start, (start + stop) // 2, stop - 1}:
             self.check_reads(live, position)
@@ -170,7 +180,7 @@ class World:
         return self.manager.coordinator.get_blocks(live.request.request_id)[group][index]
 
     def size(self, group: int) -> int:
-        return self.plan.blocks[group]
+        return self.sizes[group]
 
     def write(self, live: Live, group: int, position: int) -> None:
         block = self.page(live, group, position // self.size(group))
@@ -189,6 +199,9 @@ class World:
         """Every page that the query at t reads holds what it would have computed."""
         for position in range(0, t + 1, 5):
             self.read(live, RETRIEVAL, position)
+        for group, layers in enumerate(self.plan.foreign, LOCAL + 1):
+            for position in {t, *range(max(t - layers.window + 1, 0), t, 5)}:
+                self.read(live, group, position)
         window, size = self.plan.window, self.size(LOCAL)
         start = 0
         if t >= live.until:
@@ -226,6 +239,8 @@ class World:
         assert held[RETRIEVAL] == plan.retrieval_pages(stop)
         if stop - start == 1:
             assert held[LOCAL] == plan.local_pages(stop, live.until)
+            for pages, layers in zip(held[LOCAL + 1 :], plan.foreign, strict=True):
+                assert pages == layers.held_pages(stop)
         if start >= live.until:
             in_flight = -(-(stop - start) // plan.blocks.local)
             assert held[LOCAL] <= plan.window.max_held_pages(stop) + in_flight
@@ -254,6 +269,26 @@ class World:
             if not block.is_null:
                 assert block.ref_cnt == references.get(block.block_id, 0)
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 - len(references)
+        # What integrity says of all groups, and the figures that users see.
+        assert check_pools(self.manager, idle=False) == []
+        states = pages_by_state(self.manager)
+        assert sum(states.held.values()) == len(references)
+        assert states.free + sum(states.cached.values()) == pool.get_num_free_blocks()
+
+
+def sliding_layers(window: int, block_size: int) -> ForeignLayers:
+    """A group of one sliding layer."""
+    return ForeignLayers(1, block_size * 128, block_size, window)
+
+
+def sliding_spec(layers: ForeignLayers) -> SlidingWindowSpec:
+    return SlidingWindowSpec(
+        block_size=layers.block_size,
+        num_kv_heads=1,
+        head_size=16,
+        dtype=torch.float32,
+        sliding_window=layers.window,
+    )
 
 
 # Prompts are prefixes of a few streams, so that they share much and differ somewhere.
@@ -300,13 +335,19 @@ def apply(world: World, operation: tuple) -> None:
     config=configs,
     blocks=st.sampled_from([PoolSizes(48, 16), PoolSizes(32, 32), PoolSizes(16, 32)]),
     num_blocks=st.integers(40, 90),
+    windows=st.lists(st.integers(1, 120), max_size=4),
+    foreign_block=st.sampled_from([16, 32]),
     caching=st.sampled_from([True, True, True, False]),
     sequence=st.lists(operations, min_size=6, max_size=24),
 )
-@settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
-def test_random_sequences(config, blocks, num_blocks, caching, sequence) -> None:
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_random_sequences(
+    config, blocks, num_blocks, windows, foreign_block, caching, sequence
+) -> None:
     """No leak, no double reference, no page read that holds other values than a miss."""
-    world = World(MemoryPlan(config, HEADS, torch.float32, blocks, 16), num_blocks, caching)
+    foreign = tuple(sliding_layers(window, foreign_block) for window in windows)
+    plan = MemoryPlan(config, HEADS, torch.float32, blocks, 16, foreign)
+    world = World(plan, num_blocks + 10 * len(windows), caching, windows)
     for operation in sequence:
         apply(world, operation)
         world.check_pool()

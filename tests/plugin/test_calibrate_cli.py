@@ -15,7 +15,7 @@ from razor_serving import cli
 from razor_vllm.heads.profile import HeadProfile, read_profile, write_profile
 
 PROFILE = HeadProfile(4, 4, 32, ((0,), (1, 3), (), (2,)), {"induction": ((0.5, 0, 0.1, 0),) * 4})
-SLIDING = HeadProfile(2, 2, 16, ((), (1,)), {"echo": ((0, 0), (0.1, 0.4))}, sliding_layers=(0,))
+SLIDING = HeadProfile(2, 2, 16, ((), (1,)), {"echo": ((0, 0), (0.1, 0.4))}, other_layers=(0,))
 GOOD = PROFILE.to_json()
 
 
@@ -126,7 +126,7 @@ def test_profiles_that_do_not_fit(files, monkeypatch, capsys, command, name, mes
         ),
         (["plan", "good.json", "--kv-memory", "1", "--sinks", "-4"], "sinks is -4"),
         (["plan", "good.json", "--kv-memory", "1", "--window-ratio", "2"], "window_ratio is 2.0"),
-        (["plan", "sliding.json", "--kv-memory", "1"], "sliding-window layers (1 of 2)"),
+        (["plan", "sliding.json", "--kv-memory", "1"], "1 of 2 layers have no full attention"),
         (["convert", "gates.tsv"], "--model is needed"),
         (["convert", "good.json", "--to-duo", "nowhere"], "nowhere is not a folder"),
         (["convert", "good.json", "--to-duo", ".", "--sinks", "-1"], "sinks is -1"),
@@ -400,13 +400,12 @@ def test_an_alibi_model_is_bounded(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_a_model_with_sliding_layers_is_shown(files, monkeypatch, capsys) -> None:
-    """Its layers are marked, and no bytes are promised for what is not served."""
+    """Its layers are marked, and it is said whose bytes are counted."""
     razor(monkeypatch, "show", files / "sliding.json")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split()[:3] == ["0", "~~", "0%"]
     assert lines[3].split()[:3] == ["1", ".#", "50%"]
-    assert lines[-1].startswith("~ a layer with a sliding window")
-    assert not any("KV bytes" in line for line in lines)
+    assert "~ a layer without full attention: its memory is not counted below" in lines
 
 
 def test_duo_sizes_are_read_and_passed_on(files, model_dir, monkeypatch, capsys) -> None:

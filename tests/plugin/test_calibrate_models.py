@@ -116,7 +116,7 @@ def test_scores_are_those_of_the_models_attention(
     profile = calibrate(str(folder), ProbeOptions(induction=0.5, period=PERIOD, seeds=(SEED,)))
     heads = HEADS if model_type == "gpt_neox" else KV_HEADS
     assert (profile.num_layers, profile.num_kv_heads, profile.head_size) == (LAYERS, heads, 16)
-    assert profile.sliding_layers == sliding
+    assert profile.other_layers == sliding
     for layer, (echo, induction) in enumerate(eager_scores(folder, heads)):
         if layer in sliding:
             echo = induction = [0.0] * heads
@@ -149,7 +149,7 @@ def test_the_text_half_of_a_multimodal_model_is_probed(tmp_path: Path, model_dir
         shutil.copy(model_dir / name, folder / name)
     profile = calibrate(str(folder), ProbeOptions(period=PERIOD, seeds=(SEED,)))
     assert (profile.num_layers, profile.num_kv_heads) == (LAYERS, KV_HEADS)
-    assert profile.sliding_layers == (0, 2)
+    assert profile.other_layers == (0, 2)
     assert max(max(row) for row in profile.scores["induction"]) > 0
 
 

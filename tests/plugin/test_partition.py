@@ -99,7 +99,15 @@ def test_heads_that_do_not_divide_are_refused() -> None:
         partition(HeadProfile(1, 6, 64, ((0,),)), tp_size=4)
 
 
-def test_sliding_layers_are_refused() -> None:
-    """Their heads are neither retrieval heads nor local ones, so there is no slot for them."""
-    with pytest.raises(NotImplementedError, match=r"sliding-window layers \(1 of 2\)"):
-        partition(HeadProfile(2, 2, 64, ((0,), ()), sliding_layers=(1,)))
+def test_layers_without_full_attention_have_no_slots() -> None:
+    """A hybrid's stages are cut by all layers, and hold the heads of the full ones."""
+    heads = ((), (0,), (), (1,), (), (0, 1))
+    profile = HeadProfile(6, 2, 64, heads, other_layers=(0, 2, 4))
+    (whole,) = partition(profile)
+    assert whole.layers == (1, 3, 5)
+    assert whole.profile == HeadProfile(3, 2, 64, ((0,), (1,), (0, 1)))
+    assert (whole.retrieval_quota, whole.local_quota) == (4, 2)
+    ranks = partition(profile, 1, [range(3), range(3, 6)])
+    assert [rank.layers for rank in ranks] == [(1,), (3, 5)]
+    with pytest.raises(ValueError, match="layers 0 to 0 are a pipeline stage without full"):
+        partition(profile, 1, [range(1), range(1, 6)])

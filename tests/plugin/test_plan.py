@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import hybrid_plans
 from razor_vllm.config import RazorConfig
+from razor_vllm.foreign import ForeignLayers, grouped
 from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.partition import whole
 from razor_vllm.plan import plan_memory
@@ -55,6 +57,38 @@ def test_no_retrieval_head_is_refused() -> None:
         plan_memory(RazorConfig(), whole(profile), torch.bfloat16, 4096, 16)
     config = RazorConfig(allow_no_retrieval_heads=True)
     assert plan_memory(config, whole(profile), torch.bfloat16, 4096, 16).num_retrieval_slots == 0
+
+
+@pytest.mark.parametrize("name", hybrid_plans.MODELS)
+def test_hybrids_of_published_shapes(name: str) -> None:
+    """Few block tables, hits in few tokens, and at 128k at most 30 % of what stock vLLM holds."""
+    plan = hybrid_plans.plan_of(hybrid_plans.MODELS[name])
+    (layers,) = plan.foreign
+    assert plan.num_tables <= 8
+    assert plan.hit_tokens <= (1500 if layers.is_state else 256)
+    assert plan.page_bytes % 256 == 0
+    # All layers of a group fit a page, and one group less would not hold them all.
+    assert layers.num_layers <= plan.num_foreign_groups * (plan.page_bytes // layers.page_bytes)
+    assert plan.request_bytes(131072) <= 0.3 * plan.full_request_bytes(131072)
+    for length in hybrid_plans.LENGTHS:
+        own = plan.retrieval_pages(length) + plan.local_pages(length)
+        held = own + plan.num_foreign_groups * layers.held_pages(length)
+        assert plan.request_bytes(length) == held * plan.page_bytes
+
+
+def test_a_layers_share_of_stocks_memory_by_hand() -> None:
+    """A window of 1,024 in pages of 16; a state; and full attention of a draft."""
+    sliding = ForeignLayers(50, 16 * 1024, 16, 1024)
+    assert [sliding.held_pages(n) for n in (1, 16, 17, 1024, 1025, 1039, 1040)] == [
+        1, 1, 2, 64, 65, 65, 64,
+    ]  # fmt: skip
+    assert sliding.with_block_size(32) == ForeignLayers(50, 32 * 1024, 32, 1024)
+    assert [sliding.num_groups(size * 1024) for size in (16, 100, 160, 800)] == [50, 9, 5, 1]
+    state = ForeignLayers(48, 1000, 128, None, 2)
+    assert (state.held_pages(1), state.held_pages(10**6)) == (2, 2)
+    assert state.with_block_size(16) == state
+    assert ForeignLayers(1, 100, 32).held_pages(65) == 3
+    assert grouped("abcdefg", 10, 35) == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
 
 
 def published(name: str) -> HeadProfile:

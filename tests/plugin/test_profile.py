@@ -66,11 +66,12 @@ def test_a_profile_survives_the_file(tmp_path: Path) -> None:
         ({"scores": {"echo": [[1, 2], [3, "x"]]}}, "scores 'echo', layer 1: 'x'"),
         ({"scores": [1]}, "scores is not an object"),
         ({"made_by": "me"}, "made_by is not an object"),
-        ({"sliding_layers": 1}, "sliding_layers is not a list"),
-        ({"sliding_layers": [2]}, "sliding layer 2 is outside 0..1"),
-        ({"sliding_layers": ["1"]}, "sliding layer '1' is not a whole number"),
-        ({"sliding_layers": [1, 1]}, "sliding_layers [1, 1] are not sorted and unique"),
-        ({"sliding_layers": [0]}, "layer 0 has a sliding window, and retrieval heads"),
+        ({"other_layers": 1}, "other_layers is not a list"),
+        ({"other_layers": [2]}, "other layer 2 is outside 0..1"),
+        ({"other_layers": ["1"]}, "other layer '1' is not a whole number"),
+        ({"other_layers": [1, 1]}, "other_layers [1, 1] are not sorted and unique"),
+        ({"other_layers": [0]}, "layer 0 is no full attention, and has retrieval heads"),
+        ({"retrieval_heads": [[], []], "other_layers": [0, 1]}, "other_layers are all layers"),
     ],
 )
 def test_contents_that_do_not_fit_are_named(tmp_path: Path, change, message: str) -> None:
@@ -83,12 +84,16 @@ def test_contents_that_do_not_fit_are_named(tmp_path: Path, change, message: str
 
 
 def test_kept_shares_are_counted_per_layer_and_in_all(tmp_path: Path) -> None:
-    """Of the heads of all layers; a layer with a sliding window keeps nothing whole."""
-    profile = HeadProfile(3, 4, 16, ((0, 2, 3), (), (1,)), sliding_layers=(1,))
+    """Of the heads of layers with full attention; others have none that count."""
+    profile = HeadProfile(3, 4, 16, ((0, 2, 3), (), (1,)), other_layers=(1,))
     assert profile.kept_shares == (0.75, 0.0, 0.25)
-    assert profile.kept_share == 4 / 12
+    assert profile.kept_share == 4 / 8
+    assert profile.full_layers == (0, 2)
     write_profile(profile, tmp_path / "p.json")
     assert read_profile(tmp_path / "p.json") == profile
+    text = (tmp_path / "p.json").read_text().replace("other_layers", "sliding_layers")
+    (tmp_path / "old.json").write_text(text)
+    assert read_profile(tmp_path / "old.json") == profile
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
@@ -138,13 +143,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 def test_a_profile_of_another_model_is_refused() -> None:
-    """Layers, KV heads and head size are the fingerprint."""
+    """Layers, KV heads, head size, and which layers have full attention, are the fingerprint."""
     profile = HeadProfile(2, 2, 16, ((0,), ()))
-    profile.check_model(2, 2, 16)
+    profile.check_model(2, 2, 16, [0, 1])
+    with pytest.raises(ValueError, match="layers are 0, 1; this model's are 1"):
+        profile.check_model(2, 2, 16, [1])
     with pytest.raises(
         ValueError, match="of 2 layers, 2 KV heads and head size 16; this model has 32, 8 and 128"
     ):
-        profile.check_model(32, 8, 128)
+        profile.check_model(32, 8, 128, range(32))
 
 
 def test_the_profile_lies_beside_the_weights_or_in_the_cache(tmp_path: Path, monkeypatch) -> None:

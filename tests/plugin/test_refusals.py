@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hybrids
 import make_random_llama
 import pytest
 import torch
@@ -16,8 +17,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends import registry
 
+from razor_vllm import compat
 from razor_vllm.heads.profile import read_profile
-from razor_vllm.support import check_engine, check_layers
+from razor_vllm.support import check_engine, check_foreign, check_layers
 
 RAZOR = {"razor": {"window": 64}}
 CONFIGS = (
@@ -32,7 +34,6 @@ CONFIGS = (
 MODEL = (
     "runner_type",
     "use_mla",
-    "is_hybrid",
     "is_attention_free",
     "is_encoder_decoder",
     "is_mm_prefix_lm",
@@ -98,7 +99,6 @@ def test_models_that_are_not_covered(model_dir: Path, tmp_path: Path) -> None:
     ("where", "name", "value", "found"),
     [
         ("model_config", "use_mla", True, "multi-head latent attention (MLA)"),
-        ("model_config", "is_hybrid", True, "a Mamba or other hybrid model"),
         ("model_config", "is_encoder_decoder", True, "an encoder-decoder model"),
         ("model_config", "is_mm_prefix_lm", True, "attention that is not causal"),
         ("parallel_config", "decode_context_parallel_size", 2, "decode context parallelism of 2"),
@@ -131,7 +131,7 @@ def test_configurations_that_are_not_covered(
                 "model_type": "mistral",
                 "sliding_window": 128,
             },
-            "sliding window of 128",
+            "a model without full attention .caches: SlidingWindowSpec",
         ),
     ],
     ids=["sliding-window"],
@@ -169,11 +169,11 @@ def test_scales_per_head_are_refused(model_dir: Path) -> None:
     with engine(model_dir, max_model_len=1024) as llm:
         vllm_config = llm.llm_engine.vllm_config
         layers = get_layers_from_vllm_config(vllm_config, Attention)
-        check_layers(vllm_config, layers)
+        check_layers(layers)
         last = list(layers.values())[-1]
         last._v_scale = torch.ones(last.num_kv_heads)
         with pytest.raises(NotImplementedError, match="scale of the KV cache for each head"):
-            check_layers(vllm_config, layers)
+            check_layers(layers)
 
 
 def test_bad_profiles_stop_the_start(model_dir: Path, tmp_path: Path, monkeypatch) -> None:
@@ -235,7 +235,7 @@ def test_another_attention_backend_cannot_pass_in_silence(model_dir: Path, monke
     """If the pools do not attach, start-up fails; it does not serve full attention."""
     from razor_vllm import backend
 
-    monkeypatch.setattr(backend, "attach", lambda vllm_config: None)
+    monkeypatch.setattr(backend, "attach", lambda vllm_config, backend: None)
     with (
         pytest.raises(RuntimeError, match="did not attach"),
         engine(model_dir, {"window": 64}),
@@ -261,10 +261,10 @@ def test_another_plugins_backend_is_left_alone(model_dir: Path, monkeypatch) -> 
     from razor_vllm import compat
 
     theirs = "their.own.Backend"
-    monkeypatch.setitem(registry._ATTN_OVERRIDES, registry.AttentionBackendEnum.CPU_ATTN, theirs)
+    monkeypatch.setitem(registry._ATTN_OVERRIDES, registry.AttentionBackendEnum.CUSTOM, theirs)
     compat.install()
-    assert registry.AttentionBackendEnum.CPU_ATTN.get_path() == theirs
-    with pytest.raises(RuntimeError, match="under the name CPU_ATTN, found their.own.Backend"):
+    assert registry.AttentionBackendEnum.CUSTOM.get_path() == theirs
+    with pytest.raises(RuntimeError, match="under the name CUSTOM, found their.own.Backend"):
         create(model_dir)
 
 
@@ -294,3 +294,78 @@ def test_streamed_input_is_refused(model_dir: Path) -> None:
         assert processor.process_inputs("a", prompt, params, tasks).request_id
         with pytest.raises(VLLMValidationError, match="streamed input is not covered"):
             processor.process_inputs("b", prompt, params, tasks, resumable=True)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory) -> Path:
+    """A tiny Gemma 3, with a profile."""
+    folder = hybrids.make("gemma3", tmp_path_factory.mktemp("hybrids") / "gemma3")
+    (folder / "razor_profile.json").write_text(hybrids.some_heads(folder).to_json())
+    return folder
+
+
+OTHER_PATTERN = ["full_attention", *["sliding_attention"] * 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "found"),
+    [
+        ({"layer_types": OTHER_PATTERN}, {}, "layers are 2, 5; this model's are 0"),
+        ({"layer_types": ["sliding_attention"] * 7}, {}, "a model without full attention"),
+        ({}, {"attention_backend": "FLEX_ATTENTION"}, "FLEX_ATTENTION cannot read pages"),
+        ({}, {"pipeline_parallel_size": 2}, "pipeline parallelism of a model with sliding"),
+    ],
+    ids=["pattern", "no-full-layer", "layout", "stages"],
+)
+def test_hybrids_that_are_not_covered(hybrid: Path, tmp_path, changes, options, found) -> None:
+    """What the configuration tells is refused before the model is loaded."""
+    model = model_with(hybrid, tmp_path, **changes)
+    options = {"skip_tokenizer_init": True, **options}
+    with pytest.raises((ValueError, NotImplementedError), match=found) as error:
+        create(model, **options)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_backend_of_the_other_layers_may_be_named(hybrid: Path, model_dir: Path) -> None:
+    """In a hybrid it is that of the other layers; else there is no layer for it."""
+    backend = {"attention_backend": "TRITON_ATTN"}
+    attention = create(hybrid, skip_tokenizer_init=True, **backend).attention_config
+    assert attention.backend.name == "TRITON_ATTN"
+    assert attention.backend_per_kind["full_attention"].name == "CUSTOM"
+    with pytest.raises(ValueError, match="TRITON_ATTN and --kv-policy razor exclude each other"):
+        create(model_dir, **backend)
+
+
+@pytest.mark.engine
+def test_layers_beside_the_split_ones_that_are_not_covered(hybrid: Path) -> None:
+    """Layers that share another's cache, caches of another kind, backends of another layout."""
+    with engine(hybrid, None, skip_tokenizer_init=True, max_model_len=512) as llm:
+        vllm_config = llm.llm_engine.vllm_config
+        name, layer = next(iter(get_layers_from_vllm_config(vllm_config, Attention).items()))
+        spec = layer.get_kv_cache_spec(vllm_config)
+        assert type(spec).__name__ == "SlidingWindowSpec"
+        with pytest.raises(ValueError, match="CPU_ATTN cannot read pages that lie one after"):
+            check_foreign(name, layer, spec)
+        layer.attn_backend = compat.cpu_backend()
+        check_foreign(name, layer, spec)
+        with pytest.raises(NotImplementedError, match=f"layer {name} with a NoneType"):
+            check_foreign(name, layer, None)
+        layer.kv_sharing_target_layer_name = "model.layers.0.self_attn.attn"
+        with pytest.raises(NotImplementedError, match="shares another layer's KV cache"):
+            check_foreign(name, layer, spec)
+
+
+@pytest.mark.engine
+def test_a_pool_without_room_for_a_window_is_vllms_error(hybrid: Path) -> None:
+    """Sliding windows that do not fit beside the pools: one line that names the memory."""
+    with (
+        pytest.raises(ValueError, match="KV cache"),
+        engine(
+            hybrid,
+            {"window": 64},
+            skip_tokenizer_init=True,
+            max_model_len=1024,
+            num_gpu_blocks_override=8,
+        ),
+    ):
+        pass

@@ -40,14 +40,15 @@ READ = {
     "device_config kv_transfer_config max_in_flight_tokens model_config parallel_config "
     "scheduler_config speculative_config use_v2_model_runner",
     "vllm.config.ModelConfig": "dtype get_head_size get_total_num_hidden_layers "
-    "get_total_num_kv_heads is_attention_free is_encoder_decoder is_hybrid is_mm_prefix_lm "
+    "get_total_num_kv_heads hf_text_config is_attention_free is_encoder_decoder is_mm_prefix_lm "
     "max_model_len model revision runner_type served_model_name use_mla",
-    "vllm.config.CacheConfig": "block_size cache_dtype",
+    "vllm.config.CacheConfig": "block_size cache_dtype mamba_block_size mamba_cache_mode "
+    "user_specified_block_size",
     "vllm.config.ParallelConfig": "_api_process_rank decode_context_parallel_size enable_dbo "
     "pipeline_parallel_size prefill_context_parallel_size tensor_parallel_size",
     "vllm.config.SchedulerConfig": "disable_hybrid_kv_cache_manager max_num_seqs",
-    "vllm.config.SpeculativeConfig": "method num_speculative_tokens",
-    "vllm.config.AttentionConfig": "backend use_non_causal",
+    "vllm.config.SpeculativeConfig": "method num_speculative_tokens use_eagle_block_drop",
+    "vllm.config.AttentionConfig": "backend backend_per_kind use_non_causal",
     "vllm.config.CompilationConfig": "static_forward_context",
     "vllm.config.DeviceConfig": "device_type",
     "vllm.engine.arg_utils.EngineArgs": "additional_config",
@@ -55,7 +56,8 @@ READ = {
     "vllm.model_executor.layers.attention.Attention": "attn_backend attn_type head_size "
     "head_size_v impl kv_cache_dtype kv_cache_torch_dtype kv_sharing_target_layer_name layer_name "
     "num_heads num_kv_heads sliding_window",
-    "vllm.model_executor.layers.attention_layer_base.AttentionLayerBase": "bind_kv_cache",
+    "vllm.model_executor.layers.attention_layer_base.AttentionLayerBase": "bind_kv_cache "
+    "get_attn_backend get_kv_cache_spec",
     "vllm.v1.attention.backend.AttentionLayer": "_k_scale_float _v_scale_float",
     "vllm.v1.attention.backend.CommonAttentionMetadata": "block_table_tensor max_query_len "
     "num_actual_tokens num_reqs query_start_loc seq_lens slot_mapping",
@@ -68,8 +70,8 @@ READ = {
     "ref_cnt",
     "vllm.v1.core.kv_cache_manager.KVCacheManager": "block_pool coordinator",
     "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": "single_type_managers",
-    "vllm.v1.kv_cache_interface.KVCacheConfig": "kv_cache_groups num_blocks",
-    "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "kv_cache_spec layer_names",
+    "vllm.v1.kv_cache_interface.KVCacheConfig": "has_mamba_layers kv_cache_groups num_blocks",
+    "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "is_eagle_group kv_cache_spec layer_names",
     "vllm.v1.core.sched.scheduler.Scheduler": "get_request_counts has_requests kv_cache_config "
     "kv_cache_manager requests",
     "vllm.v1.engine.EngineCoreRequest": "cache_salt prompt_embeds prompt_token_ids "
@@ -97,6 +99,9 @@ CALLED_BY_US = {"KeyMiddleware.__init__"}
 
 NOT_IN_ALL = {
     "vllm.v1.engine.core_client.AsyncMPClient.call_utility_all_async": "from 0.32 on",
+    "vllm.v1.core.kv_cache_utils.get_kv_cache_groups": "a builder's method from 0.33 on",
+    "vllm.v1.core.kv_cache_planning.DefaultKVCacheConfigBuilder": "from 0.33 on",
+    "vllm.v1.core.kv_cache_planning.DefaultKVCacheConfigBuilder.get_kv_cache_groups": "from 0.33",
 }
 """Names that a tested series lacks, and why that is no fault."""
 

@@ -153,7 +153,7 @@ def _loop(manager: KVCacheManager) -> None:
     [
         (_forget_a_reference, "has reference count 0 and lies in 1 block tables", ("a",)),
         (_add_a_reference, "has reference count 2 and lies in 1 block tables", ("a",)),
-        (_share_over_pools, "is in both pools", ("a",)),
+        (_share_over_pools, "is in tables of several groups", ("a",)),
         (_free_while_held, "has reference count 0 and lies in 1 block tables", ("a",)),
         (_lose_a_free_page, "is neither held nor in the free queue", ()),
         (_miscount, "the free queue holds", ()),
