@@ -229,7 +229,7 @@ def main() -> None:
     dtypes = (torch.bfloat16, torch.float32)
     loads = [(model, load) for model in args.models for load in MODELS[model][1]]
     pairs = [*itertools.product(loads, dtypes)]
-    table = [measure(*load, dtype, args.rounds) for load, dtype in tqdm(pairs)]
+    table = [measure(model, load, dtype, args.rounds) for (model, load), dtype in tqdm(pairs)]
     report = {
         "device": device(),
         "threads": args.threads,

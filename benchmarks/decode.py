@@ -49,7 +49,8 @@ class Engine:
             additional_config={"razor": razor} if job["policy"] == "razor" else {},
         )
         self.engine: Any = llm.llm_engine
-        core = self.engine.engine_core.engine_core
+        client: Any = llm.llm_engine.engine_core
+        core = client.engine_core
         self.running = core.scheduler.running
         self.forward = ForwardTimer(core.model_executor.driver_worker.worker.model_runner)
 
