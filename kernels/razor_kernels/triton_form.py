@@ -77,6 +77,7 @@ def prefill_tile(
     sm_90 a dot's operands are in registers as well: at head_dim 128, bf16, 64 keys spill 104
     bytes on sm_80, 32 keys 8, 16 none. At 256 each warp holds all queries: 64 of them spill 272
     bytes, 32 none. Dots of fp32 run without tensor cores: 32 x 32 spill 8 bytes at 64, 16 at 128.
+    With learned sinks, four warps spill 8 bytes at 64 on sm_100, eight none.
     At head_dim 512 on sm_90, 64 queries spill 152 bytes or more, 32 x 16 in two stages 16, 32 x 32
     in one none; on sm_80, 16 queries in four warps 16 bytes, in eight none.
     """
@@ -93,7 +94,7 @@ def prefill_tile(
         stages = 1 if wide == 256 and stored == torch.float8_e4m3fn else 2
         return PrefillTile(128, 16, 8, 2) if wide < 256 else PrefillTile(32, 16, 8, stages)
     if wide < 128:
-        return PrefillTile(128, 64, 4, 3)
+        return PrefillTile(128, 64, 4 if capability < 100 else 8, 3)
     return PrefillTile(128, 64 if wide < 256 else 32, 8, 2)
 
 
