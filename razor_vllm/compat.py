@@ -211,10 +211,12 @@ def _profile_path(config: RazorConfig, model: str, revision: str | None) -> Path
     except ValueError:
         if not config.calibrate:
             raise
-    from razor_vllm.heads.calibrate import ProbeOptions, calibrate
+    from razor_vllm.heads.attribution import AttributionOptions
+    from razor_vllm.heads.calibrate import ProbeOptions, calibrate, default_method
 
-    path = cache_path(model, revision)
-    write_profile(calibrate(model, ProbeOptions(), revision=revision), path)
+    path, is_probe = cache_path(model, revision), default_method(model, revision) == "probe"
+    options = ProbeOptions() if is_probe else AttributionOptions()
+    write_profile(calibrate(model, options, revision=revision), path)
     return path
 
 

@@ -94,6 +94,9 @@ class AttributionOptions:
             )
         if not self.seeds:
             raise ValueError("no seed is given; at least one is needed")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"seed is {seed}; accepted are whole numbers from 0 to 2^63 - 1")
 
     @property
     def memory_advice(self) -> str:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -39,6 +39,7 @@ from razor_vllm.heads.attribution import AttributionOptions
 from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.heads.shapes import FULL, LINEAR, layer_kinds
 
+Method = Literal["probe", "attribution"]
 ATTENTION = "razor_probe"
 """Name of the probing attention in transformers' registry."""
 
@@ -283,6 +284,20 @@ def check_config(config: Any) -> None:
         raise refuse(f"a {config.model_type} model with layers of {', '.join(others)}")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse(f"a {config.model_type} model whose layers share keys and values")
+
+
+def default_method(model_name: str, revision: str | None = None) -> Method:
+    """Attribution, or the probe for a model that gives no gradients or has no tokenizer."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model_name, revision=revision)
+        if config.get("quantization_config"):
+            return "probe"
+        _tokenizer(model_name, revision)
+    except OSError:
+        pass  # not a model: either method says so
+    except ValueError:
+        return "probe"
+    return "attribution"
 
 
 def calibrate(

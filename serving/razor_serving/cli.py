@@ -182,17 +182,20 @@ def _methods(args: argparse.Namespace) -> list["ProbeOptions | AttributionOption
         ValueError: an option of a method that is not run.
     """
     from razor_vllm.heads.attribution import AttributionOptions
-    from razor_vllm.heads.calibrate import ProbeOptions
+    from razor_vllm.heads.calibrate import ProbeOptions, default_method
 
     made: dict[str, type[ProbeOptions | AttributionOptions]]
     made = {"probe": ProbeOptions, "attribution": AttributionOptions}
-    for method, names in _METHOD_OPTIONS.items():
-        others = _given(args, set(names) - {"window"}) if method not in args.method else {}
-        for name in others:
+    # An ALiBi model's bound has a window too.
+    given = {m: _given(args, set(names) - {"window"}) for m, names in _METHOD_OPTIONS.items()}
+    methods = args.method or [m for m in made if given[m]][:1]
+    methods = methods or [default_method(args.model, args.revision)]
+    for method in made.keys() - set(methods):
+        for name in given[method]:
             raise ValueError(f"--{name} belongs to --method {method}, which is not asked for")
     return [
         made[method](**_given(args, _METHOD_OPTIONS[method]), seeds=tuple(args.seeds))
-        for method in dict.fromkeys(args.method)
+        for method in dict.fromkeys(methods)
     ]
 
 
@@ -335,8 +338,9 @@ def main() -> None:
         "--method",
         nargs="+",
         choices=list(_METHOD_OPTIONS),
-        default=["probe"],
-        help="of several, the last one chooses; the profile has the scores of all",
+        help="of several, the last one chooses, and the profile has the scores of all; by default "
+        "that of the options given, else attribution, or the probe for a model that gives no "
+        "gradients or has no tokenizer",
     )
     probe = find.add_argument_group("probe")
     probe.add_argument("--induction", type=float, help="share of KV heads by score; 0.14")

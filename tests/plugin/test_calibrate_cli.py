@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from razor_serving import cli
+from razor_vllm.heads.calibrate import default_method
 from razor_vllm.heads.profile import HeadProfile, read_profile, write_profile
 
 PROFILE = HeadProfile(4, 4, 32, ((0,), (1, 3), (), (2,)), {"induction": ((0.5, 0, 0.1, 0),) * 4})
@@ -312,6 +313,37 @@ def test_both_methods_run_and_the_last_one_chooses(tmp_path, monkeypatch, capsys
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "options", "scores"),
+    [
+        ("", ["--length", "400", "--window", "32"], {"attribution"}),
+        ("", ["--period", "50"], {"echo", "induction"}),
+        ("no tokenizer", ["--seeds", "0"], {"echo", "induction"}),
+    ],
+)
+def test_method_by_default(tmp_path, monkeypatch, change, options, scores) -> None:
+    """Attribution, the method of the options given, or the probe where it alone can be run."""
+    model = tmp_path / "model"
+    shutil.copytree(Path(__file__).parents[2] / "models/needle/weights", model)
+    if change:
+        for file in model.glob("token*"):
+            file.unlink()
+    output = tmp_path / "new.json"
+    razor(monkeypatch, "calibrate", model, "--output", output, "--seeds", "0", *options)
+    assert set(read_profile(output).scores) == scores
+
+
+def test_quantised_models_are_probed_by_default(tmp_path, monkeypatch) -> None:
+    """They give no gradients."""
+    config = json.loads(
+        (Path(__file__).parents[2] / "models/needle/weights/config.json").read_text()
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"bits": 4}})
+    )
+    assert default_method(str(tmp_path)) == "probe"
+
+
 def test_show_tells_of_windowed_prefill_what_the_scores_tell(files, monkeypatch, capsys) -> None:
     """A probe's profile gets a note, heads that hold little a warning, enough of them nothing."""
     said = {}
@@ -335,7 +367,7 @@ def test_show_tells_of_windowed_prefill_what_the_scores_tell(files, monkeypatch,
     ("options", "message"),
     [
         (["--induction", "nan"], "induction is nan"),
-        (["--mass", "0.9"], "--mass belongs to --method attribution"),
+        (["--period", "50", "--mass", "0.9"], "--mass belongs to --method attribution"),
         (["--method", "attribution", "--echo", "0.1"], "--echo belongs to --method probe"),
         (["--method", "attribution", "--share", "0.5", "--count", "2"], "one of share, count"),
         (["--method", "attribution", "--text", "none"], "cannot read text none"),
@@ -345,7 +377,7 @@ def test_show_tells_of_windowed_prefill_what_the_scores_tell(files, monkeypatch,
         (["--epsilon", "0"], "epsilon is 0"),
         (["--window", "-1"], "window is -1"),
         (["--output", "."], "is a folder; a file is needed"),
-        (["--device-map", "nowhere"], "nowhere"),
+        (["--period", "50", "--device-map", "nowhere"], "nowhere"),
         (["--device-map", "cuda:99"], "cuda:99"),
     ],
 )
