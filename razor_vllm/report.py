@@ -8,7 +8,8 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
-from razor_vllm.config import config_of
+from razor_vllm.config import config_of, profile_of
+from razor_vllm.heads.mass import windowed_note
 from razor_vllm.partition import rank_heads
 from razor_vllm.plan import MemoryPlan, PoolSizes
 from razor_vllm.specs import LocalSpec, RetrievalSpec, foreign_layers, is_pool
@@ -16,6 +17,11 @@ from razor_vllm.support import refuse
 from razor_vllm.turns import turn_of
 
 logger = init_logger("vllm.razor")
+
+_WINDOWED = (
+    "windowed prefill reads the prompt itself through windows: on SmolLM2-135M 89-90 % of full's "
+    "right answers were left where exact prefill lost none (docs/quality.md)"
+)
 
 _REPORT_LENGTHS = (4096, 32768)
 
@@ -220,6 +226,10 @@ def log_report(vllm_config: VllmConfig, plan: MemoryPlan, num_blocks: int) -> No
     """Print the start-up report to vLLM's log."""
     for line in report_lines(plan, vllm_config.model_config.max_model_len, num_blocks):
         logger.info("%s", line)
+    if plan.config.prefill == "windowed":
+        logger.info("  %s", _WINDOWED)
+        if note := windowed_note(profile_of(vllm_config.additional_config)):
+            logger.warning("  %s", note)
     turn = turn_of(vllm_config.additional_config)
     if turn.note:
         logger.log(logging.INFO if turn.marker else logging.WARNING, "  %s", turn.note)

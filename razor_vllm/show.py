@@ -8,40 +8,15 @@ import torch
 
 from razor_vllm.config import RazorConfig
 from razor_vllm.foreign import ForeignLayers
+from razor_vllm.heads.mass import chosen_mass, kept_mass, windowed_note
 from razor_vllm.heads.profile import HeadProfile, write_whole
 from razor_vllm.partition import partition, pipeline_stages, whole
 from razor_vllm.plan import plan_memory
 from razor_vllm.report import foreign_lines
 
 _SHADES = " .:-=+*#"
-CARRYING_MASS = 0.95
-"""Least share of the attribution score that carried windowed prefill (docs/heads.md)."""
-_PROBE_ALONE = (
-    "note: the probe alone does not tell whether these heads carry windowed prefill; "
-    "razor calibrate --method probe attribution does"
-)
-_MASSES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 _FULL_BLOCK_SIZE = 16
 """Tokens per page of vLLM on CUDA, for the full policy's bytes."""
-
-
-def kept_mass(profile: HeadProfile, name: str) -> list[float]:
-    """Share of a score's sum that the best n heads hold, for n = 1 .. all."""
-    scores = sorted((x for row in profile.scores[name] for x in row), reverse=True)
-    total = sum(scores) or 1.0
-    mass, out = 0.0, []
-    for score in scores:
-        mass += score
-        out.append(mass / total)
-    return out
-
-
-def curve_text(profile: HeadProfile, name: str) -> str:
-    """How many heads hold which share of a score, a line for each share."""
-    curve = kept_mass(profile, name)
-    counts = [(mass, sum(held < mass - 1e-9 for held in curve) + 1) for mass in _MASSES]
-    lines = [f"  {mass:>4.0%}  {n:>5} ({n / profile.num_heads:.1%})" for mass, n in counts]
-    return "\n".join([f"KV heads that hold a share of the {name} score:", *lines])
 
 
 def text(profile: HeadProfile, window: int, lengths: Sequence[int]) -> str:
@@ -64,8 +39,11 @@ def text(profile: HeadProfile, window: int, lengths: Sequence[int]) -> str:
         ]
         cells = [f"{layer:>5}", _grid(profile, layer), f"{share:>4.0%}", *shades]
         lines.append("  ".join(cells).rstrip())
-    lines += [f"score mass that the chosen heads hold, {n}: {m:.1%}" for n, m in _mass(profile)]
-    lines += _warning(profile)
+    lines += [
+        f"score mass that the chosen heads hold, {n}: {m:.1%}" for n, m in chosen_mass(profile)
+    ]
+    if note := windowed_note(profile):
+        lines.append(note)
     if profile.other_layers:
         lines.append("~ a layer without full attention: its memory is not counted below")
     return "\n".join(lines + _bytes_lines(profile, window, lengths))
@@ -164,29 +142,6 @@ def _ranges(layers: Sequence[int]) -> str:
 
 def _shade(share: float) -> str:
     return _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]
-
-
-def _mass(profile: HeadProfile) -> list[tuple[str, float]]:
-    chosen = [(layer, head) for layer, row in enumerate(profile.retrieval_heads) for head in row]
-    sums = {name: sum(map(sum, rows)) or 1.0 for name, rows in profile.scores.items()}
-    return [
-        (name, sum(rows[layer][head] for layer, head in chosen) / sums[name])
-        for name, rows in profile.scores.items()
-    ]
-
-
-def _warning(profile: HeadProfile) -> list[str]:
-    """Whether the heads can carry windowed prefill, as far as the scores tell."""
-    held = dict(_mass(profile)).get("attribution")
-    if held is None:
-        unknown = "induction" in profile.scores
-        return [_PROBE_ALONE] if unknown else []
-    if held >= CARRYING_MASS:
-        return []
-    return [
-        f"warning: heads that hold {held:.1%} of the attribution score lose much under windowed "
-        f"prefill; {CARRYING_MASS:.0%} carried it (razor calibrate --method attribution)"
-    ]
 
 
 def draw(profile: HeadProfile, path: Path) -> None:

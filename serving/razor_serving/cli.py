@@ -131,8 +131,8 @@ def _calibrate(args: argparse.Namespace) -> None:
     """Run the methods, or bound an ALiBi model's heads, and write the profile."""
     from razor_vllm.heads.alibi import BoundOptions
     from razor_vllm.heads.calibrate import calibrate, joined
+    from razor_vllm.heads.mass import curve_text, kept_mass
     from razor_vllm.heads.profile import FILE_NAME, cache_path, write_profile
-    from razor_vllm.show import curve_text, kept_mass
 
     is_folder = Path(args.model).is_dir()
     default = Path(args.model) / FILE_NAME if is_folder else cache_path(args.model, args.revision)

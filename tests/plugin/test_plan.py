@@ -3,6 +3,7 @@
 import csv
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import hybrid_plans
-from razor_vllm.config import RazorConfig
+from razor_vllm import report
+from razor_vllm.config import PROFILE_KEY, RazorConfig
 from razor_vllm.foreign import ForeignLayers, grouped
 from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.partition import whole
@@ -117,3 +119,31 @@ def test_published_head_sets_keep_a_quarter_at_32k(name: str, heads: int) -> Non
     assert math.lcm(*plan.blocks) <= 512
     assert plan.request_bytes(32768) <= 0.30 * plan.full_request_bytes(32768)
     assert plan.request_bytes(131072) <= 0.20 * plan.full_request_bytes(131072)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "scores", "said"),
+    [
+        ("exact", {"induction": ((1.0, 0.0),)}, []),
+        ("windowed", {"attribution": ((1.0, 0.0),)}, ["SmolLM2"]),
+        ("windowed", {"attribution": ((1.0, 0.5),)}, ["SmolLM2", "warning: heads that hold 66.7%"]),
+        ("windowed", {"induction": ((1.0, 0.0),)}, ["SmolLM2", "note: the probe alone"]),
+    ],
+)
+def test_start_up_report_tells_what_windowed_prefill_costs(
+    monkeypatch, prefill, scores, said
+) -> None:
+    """What it cost a real model, and whether these heads can carry it; nothing in other modes."""
+    profile = HeadProfile(1, 2, 64, ((0,),), scores)
+    plan = plan_memory(RazorConfig(prefill=prefill), whole(profile), torch.bfloat16, 4096, 16)
+    lines: list[str] = []
+    monkeypatch.setattr(report.logger, "info", lambda text, line: lines.append(line))
+    monkeypatch.setattr(report.logger, "warning", lambda text, line: lines.append(line))
+    monkeypatch.setattr(report, "report_lines", lambda *args: [])
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=4096),
+        additional_config={PROFILE_KEY: {"path": "p.json", "contents": profile.to_dict()}},
+    )
+    report.log_report(config, plan, 100)
+    assert len(lines) == len(said)
+    assert all(part in line for part, line in zip(said, lines, strict=True))
