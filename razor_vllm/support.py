@@ -31,7 +31,7 @@ LAYOUT = KVCacheLayout.BLHNC
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 _CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3")
 _FOREIGN_SPECS = (SlidingWindowSpec, FullAttentionSpec, MambaSpec)
-_DRAFTS = ("ngram", "suffix")
+_DRAFTS = ("ngram", "suffix", "draft_model", "eagle")
 
 
 def refuse(found: str) -> NotImplementedError:
@@ -180,6 +180,9 @@ def check_foreign(name: str, layer: AttentionLayerBase, spec: KVCacheSpec | None
         raise refuse(f"layer {name}, which shares another layer's KV cache,")
     if type(spec) not in _FOREIGN_SPECS:
         raise refuse(f"layer {name} with a {type(spec).__name__}")
+    if name.startswith("draft_model.") and type(spec) is not FullAttentionSpec:
+        # It would come in a later group, and write by the first group's block table.
+        raise refuse(f"layer {name} of a draft model with a {type(spec).__name__}")
     backend = layer.get_attn_backend()
     if isinstance(layer, Attention) and not _takes_layout(backend):
         raise ValueError(f"razor: layer {name}: {backend.get_name()} {_WRONG_LAYOUT}")

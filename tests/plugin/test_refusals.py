@@ -348,6 +348,8 @@ def test_layers_beside_the_split_ones_that_are_not_covered(hybrid: Path) -> None
             check_foreign(name, layer, spec)
         layer.attn_backend = compat.cpu_backend()
         check_foreign(name, layer, spec)
+        with pytest.raises(NotImplementedError, match="of a draft model with a SlidingWindowSpec"):
+            check_foreign(f"draft_model.{name}", layer, spec)
         with pytest.raises(NotImplementedError, match=f"layer {name} with a NoneType"):
             check_foreign(name, layer, None)
         layer.kv_sharing_target_layer_name = "model.layers.0.self_attn.attn"
