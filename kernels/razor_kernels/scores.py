@@ -76,10 +76,12 @@ def repeat_scores(
     scale: float,
     period: int,
     soft_cap: float | None = None,
+    learned_sinks: torch.Tensor | None = None,
 ) -> HeadScores:
     """Scores of one layer's heads on the probe.
 
-    By the Triton kernel on CUDA, if the head size fits it; otherwise the same in PyTorch.
+    By the Triton kernel on CUDA, if the head size fits it and there are no learned sinks;
+    otherwise the same in PyTorch.
 
     Args:
         query: `[num_heads, 1 + 4 * period, head_dim]`, after the rotary embedding.
@@ -87,6 +89,7 @@ def repeat_scores(
         scale: factor on q.k.
         period: |R|, at least 2.
         soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
+        learned_sinks: one more logit of each row, `[num_heads]` (gpt-oss).
 
     Raises:
         ValueError: the sequence is not four copies and a first token.
@@ -96,23 +99,30 @@ def repeat_scores(
         raise ValueError(
             f"a probe of period {period} has {1 + COPIES * period} tokens, not {seq_len}"
         )
-    if query.is_cuda and query.shape[-1] <= KERNEL_HEAD_DIM:
+    if query.is_cuda and query.shape[-1] <= KERNEL_HEAD_DIM and learned_sinks is None:
         # Imported here: a machine without a GPU may lack Triton.
         from razor_kernels.scores_triton import repeat_mass
 
         mass = repeat_mass(query, key, scale, period, COPIES, soft_cap)
     else:
-        mass = _repeat_mass(query, key, scale, period, soft_cap)
+        mass = _repeat_mass(query, key, scale, period, soft_cap, learned_sinks)
     echo, induction = mass / ((COPIES - 1) * period)
     return HeadScores(echo, induction)
 
 
 def _repeat_mass(
-    query: torch.Tensor, key: torch.Tensor, scale: float, period: int, soft_cap: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    period: int,
+    soft_cap: float | None,
+    learned_sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Echo and induction mass of each head, summed over rows: fp32 `[2, num_heads]`."""
     num_heads = query.shape[0]
     lse = row_lse(query, key, scale, soft_cap)
+    if learned_sinks is not None:
+        lse = torch.logaddexp(lse, learned_sinks.float()[:, None])
     key = key.repeat_interleave(num_heads // key.shape[0], dim=0)
     mass = torch.zeros(2, num_heads, device=query.device)
     for back in range(1, COPIES):

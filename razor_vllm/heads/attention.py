@@ -5,6 +5,9 @@ matrix of queries by keys, nor does their backward pass.
 
     queries of a block of `window` tokens     [i * W, (i + 1) * W)
     keys of a window                          [(i - 1) * W, (i + 1) * W), and the sinks
+
+A learned sink is a logit of a query head that adds weight and no value. It becomes one more
+token before the first, which every window sees.
 """
 
 from typing import Any
@@ -20,7 +23,6 @@ from razor_vllm.heads import alibi
 
 COVERED = "decoder models with rotary embeddings, and ALiBi models of " + ", ".join(alibi.MODELS)
 _REFUSED = {
-    "s_aux": "learned attention sinks",
     "position_bias": "a position bias",
     "indices": "an index of keys",
     "block_indices": "an index of keys",
@@ -28,6 +30,8 @@ _REFUSED = {
 """Arguments of transformers' attention functions that change the softmax."""
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """PyTorch's third form, MATH, would form the matrix."""
+_SINK_DIMS = 8
+"""Dimensions that a learned sink adds to heads: fused forms on a GPU want multiples of 8."""
 
 
 def refuse(found: str) -> NotImplementedError:
@@ -72,6 +76,7 @@ def causal_attention(
     window: int | None = None,
     sinks: int = 0,
     tile: int = 256,
+    learned_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention with memory linear in the sequence, backward too.
 
@@ -80,12 +85,18 @@ def causal_attention(
         soft_cap: of logits. window: latest tokens that a query sees, itself included.
         sinks: first tokens that a query sees whatever the window.
         tile: queries at a time, where PyTorch has no fused form (a soft cap).
+        learned_sinks: a logit of each query head, `[num_heads]`; not beside a soft cap.
 
     Returns:
         `[1, num_heads, seq_len, head_dim]`.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    if learned_sinks is not None:
+        assert soft_cap is None, "no model has learned sinks and a soft cap"
+        longer = _with_sink_token(query, key, value, learned_sinks / scale)
+        out = causal_attention(*longer, scale, window=window, sinks=sinks + 1)
+        return out[:, :, 1:, : value.shape[-1]]
     if window is not None and window >= query.shape[2]:
         window = None
     if soft_cap is not None:
@@ -94,6 +105,26 @@ def causal_attention(
         return _windowed(query, key, value, scale, window, sinks)
     with sdpa_kernel(_FUSED):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+def _with_sink_token(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, product: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One more token, whose key has the same product with every query, and whose value is 0.
+
+    The heads get more dimensions, of which the first holds that product: 1 in queries, `product`
+    in the new key, 0 in all others.
+
+    Args:
+        product: of each head, `[num_heads]`.
+    """
+    head_dim = query.shape[-1]
+    query, key, value = (F.pad(x, (0, _SINK_DIMS, 1, 0)) for x in (query, key, value))
+    column = torch.zeros_like(query[0, 0])
+    column[:, head_dim] = 1
+    sink = torch.zeros_like(key[0])
+    sink[:, 0, head_dim] = 1
+    return query + column, key + sink * product.to(key.dtype)[:, None, None], value
 
 
 def _windowed(

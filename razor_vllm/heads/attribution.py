@@ -152,24 +152,31 @@ class Gated:
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Mix both attentions.
 
         Args:
             query: `[1, num_heads, seq_len, head_dim]`; key, value: with KV heads.
+            s_aux: learned sinks, `[num_heads]`.
 
         Raises:
             NotImplementedError: attention that is not understood.
         """
         check_attention(module, key, value, attention_mask, kwargs)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+
+        def attention(window: int | None = None, sinks: int = 0) -> torch.Tensor:
+            return causal_attention(
+                query, key, value, scale, softcap, window, sinks, learned_sinks=s_aux
+            )
+
         if sliding_window is not None and sliding_window < self.max_positions:
-            out = causal_attention(query, key, value, scale, softcap, sliding_window)
+            out = attention(sliding_window)
         else:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
-            full = causal_attention(query, key, value, scale, softcap)
-            local = causal_attention(query, key, value, scale, softcap, self.window, self.sinks)
+            full, local = attention(), attention(self.window, self.sinks)
             gate = self._gate(layer, key).repeat_interleave(query.shape[1] // key.shape[1])
             out = local + gate.to(full.dtype)[:, None, None] * (full - local)
         return out.transpose(1, 2).contiguous(), None

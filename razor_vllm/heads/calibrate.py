@@ -133,12 +133,14 @@ class Probe:
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention function: causal attention, and the layer's scores.
 
         Args:
             query: `[1, num_heads, seq_len, head_dim]`; key, value: with KV heads.
+            s_aux: learned sinks, `[num_heads]`.
 
         Raises:
             NotImplementedError: attention that the probe does not understand.
@@ -149,17 +151,22 @@ class Probe:
         if window is not None and window >= self.max_positions:
             window = None
         self.layers[int(module.layer_idx)] = (  # type: ignore[arg-type]
-            self.score(query[0], key[0], scale, softcap) if window is None else None
+            self.score(query[0], key[0], scale, softcap, s_aux) if window is None else None
         )
         self.progress.update()
-        out = causal_attention(query, key, value, scale, softcap, window)
+        out = causal_attention(query, key, value, scale, softcap, window, learned_sinks=s_aux)
         return out.transpose(1, 2).contiguous(), None
 
     def score(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, soft_cap: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float,
+        soft_cap: float | None,
+        learned_sinks: torch.Tensor | None,
     ) -> Layer:
         """Scores of one layer; `query` and `key` are `[heads, seq_len, head_dim]`."""
-        scores = repeat_scores(query, key, scale, self.period, soft_cap)
+        scores = repeat_scores(query, key, scale, self.period, soft_cap, learned_sinks)
         # A KV head gets the best score of its query heads.
         echo, induction = (x.view(key.shape[0], -1).amax(1).tolist() for x in scores)
         return Layer(echo, induction, key.shape[-1])

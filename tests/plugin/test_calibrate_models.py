@@ -32,6 +32,8 @@ NO_HEAD_DIM = {"head_dim": None, "hidden_size": HEADS * HEAD_SIZE}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 REST = {"model.rotary_emb": "cpu", "lm_head": "cpu"}
 EVERY_OTHER = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+# Learned sinks of about 0.3, as wide as what else is drawn.
+GPT_OSS = {"sliding_window": 9, "num_local_experts": 2, "num_experts_per_tok": 1}
 
 
 def save(folder: Path, tokenizer_dir: Path, model_type: str, change: dict[str, Any]) -> Path:
@@ -103,6 +105,7 @@ def eager_scores(model_dir: Path, kv_heads: int) -> list[tuple[list[float], list
         ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1}, ()),
         ("qwen3_moe", {**MOE, "decoder_sparse_step": 1}, ()),
         ("gpt_neox", {**NO_HEAD_DIM, "num_key_value_heads": None}, ()),
+        ("gpt_oss", GPT_OSS, (0, 2)),
     ],
 )
 def test_scores_are_those_of_the_models_attention(
@@ -159,7 +162,6 @@ def test_the_text_half_of_a_multimodal_model_is_probed(tmp_path: Path, model_dir
         ("gpt2", {}, "a gpt2 model, without rotary embeddings, is not covered"),
         ("opt", {"ffn_dim": 32, "word_embed_proj_dim": 32}, "a opt model, without rotary"),
         ("mistral", {"sliding_window": 9}, "whose layers all have a sliding window"),
-        ("gpt_oss", {"num_local_experts": 2}, "learned attention sinks"),
         ("falcon", {"alibi": True}, "a falcon model with ALiBi"),
         (
             "deepseek_v3",
@@ -197,23 +199,28 @@ def test_what_the_probe_would_misread_is_refused(
 
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("window", [None, 1, 7, 36, 64])
-@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize(("soft_cap", "learned"), [(None, False), (2.0, False), (None, True)])
 @pytest.mark.parametrize("head_dim", [16, 80])
 def test_attention_without_a_matrix(
-    head_dim: int, soft_cap: float | None, window: int | None, sinks: int
+    head_dim: int, soft_cap: float | None, learned: bool, window: int | None, sinks: int
 ) -> None:
     """Any tile or block gives what whole matrices give, and so does its backward pass."""
     torch.manual_seed(1)
     length = 37
     query = torch.randn(1, 4, length, head_dim, requires_grad=True)
     key, value = (x.requires_grad_() for x in torch.randn(2, 1, 2, length, head_dim).unbind())
-    got = causal_attention(query, key, value, 0.4, soft_cap, window, sinks, tile=8)
+    logit = torch.tensor([-30.0, 0.0, 1.5, 30.0]) if learned else None
+    got = causal_attention(query, key, value, 0.4, soft_cap, window, sinks, 8, logit)
     logits = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.4
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     back = torch.arange(length)[:, None] - torch.arange(length)
     unseen = (back < 0) | ((back >= (window or length)) & (torch.arange(length) >= sinks))
-    weights = logits.masked_fill(unseen, -torch.inf).softmax(-1)
+    logits = logits.masked_fill(unseen, -torch.inf)
+    if logit is not None:
+        column = logit[None, :, None, None].expand(-1, -1, length, 1)
+        logits = torch.cat([column, logits], -1)
+    weights = logits.softmax(-1)[..., -length:]
     want = weights @ value.repeat_interleave(2, 1)
     torch.testing.assert_close(got, want)
     grads = [torch.autograd.grad(x.square().sum(), (query, key, value)) for x in (got, want)]
@@ -248,6 +255,7 @@ def gates_of(folder: Path, device_map: Any = None, dtype: str = "float32") -> di
         ("phi", {**NO_HEAD_DIM, "partial_rotary_factor": 0.5}, ()),
         ("qwen3_moe", {**MOE, "decoder_sparse_step": 1}, ()),
         ("gpt_neox", {**NO_HEAD_DIM, "num_key_value_heads": None}, ()),
+        ("gpt_oss", GPT_OSS, (0, 2)),
     ],
 )
 def test_gates_of_a_family_have_gradients(
