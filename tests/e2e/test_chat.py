@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import hybrids
+import make_random_llama
 import pytest
 from engines import (
     GENERATION_PROMPT,
@@ -55,6 +57,26 @@ def test_a_turn_with_the_cache_is_that_turn_alone(model_dir: Path, chunk: int) -
         pool = manager_of(llm).block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     with engine(model_dir, CHAT, enable_prefix_caching=False) as llm:
+        assert_each_alone(llm, held, 40)
+
+
+def test_a_hybrids_turn_with_the_cache_is_that_turn_alone(tmp_path: Path) -> None:
+    """Gemma 3's sliding layers cache what follows the first turn too, and are found again."""
+    model = hybrids.make("gemma3", tmp_path / "gemma3")
+    make_random_llama.make_tokenizer().save_pretrained(model)
+    profile = hybrids.write(hybrids.some_heads(model), tmp_path, "profile")
+    razor = {**CHAT, "head_profile": profile}
+    first = first_turns([5, 64, 333])
+    options = {"max_model_len": 2048, "max_num_batched_tokens": 200}
+    with engine(model, razor, **options) as llm:
+        held = hold_chats(llm, first, TURNS, 40)
+        step = manager_of(llm).coordinator.scheduler_block_size
+        for before, turn in zip(held, held[len(first) :], strict=False):
+            # A sliding layer can be taken up where a prompt ended.
+            assert turn.cached >= (len(before.prompt) - 1) // step * step
+        pool = manager_of(llm).block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    with engine(model, razor, enable_prefix_caching=False, **options) as llm:
         assert_each_alone(llm, held, 40)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import hybrids
 import pytest
 from engines import (
     GENERATION_PROMPT,
@@ -100,6 +101,25 @@ def test_v2_runner_holds_chats(model_dir: Path, kernels: str, lengths: list[int]
             (alone,) = answers(llm, [{"prompt_token_ids": prompt}], max_tokens)
             assert tokens == list(alone.tokens)
             assert logprobs == pytest.approx(alone.logprobs, abs=2e-2)
+
+
+def test_v2_runner_serves_a_hybrid(tmp_path: Path) -> None:
+    """Gemma 3: one runner's tokens are the other's, missed and hit, and with the policy full."""
+    model = hybrids.make("gemma3", tmp_path / "gemma3")
+    profile = hybrids.write(hybrids.some_heads(model), tmp_path, "profile")
+    razor = {"head_profile": profile, "window": 48}
+    options = {**OPTIONS, "skip_tokenizer_init": True}
+    rounds: list[dict[str, Any]] = [{}, {}, FULL]
+    job = {"razor": razor, "options": options, "lengths": LENGTHS, "max_tokens": 12}
+    result = run_v2(model, {**job, "rounds": rounds}, "native")
+    assert result["runner"] == "vllm.v1.worker.cpu.model_runner", "not the V2 runner"
+    assert result["free"]
+    with engine(model, razor, **options) as llm:
+        for got, sampling in zip(result["rounds"], rounds, strict=True):
+            want = answers(llm, prompts(LENGTHS), 12, **sampling)
+            assert [tokens for tokens, _ in got] == [list(a.tokens) for a in want]
+            for (_, logprobs), answer in zip(got, want, strict=True):
+                assert logprobs == pytest.approx(answer.logprobs, abs=1e-4)
 
 
 def test_v2_runner_survives_preemption(model_dir: Path) -> None:
