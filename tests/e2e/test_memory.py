@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import hybrids
 import pytest
 from engines import engine, manager_of, prompts
 from vllm import SamplingParams
+
+from razor_kernels import DENSE_FOREVER
+from razor_vllm.report import plan_of
 
 pytestmark = pytest.mark.engine
 
@@ -74,7 +78,7 @@ def test_a_request_holds_a_third_and_three_fit_for_one(model_dir: Path, prefill:
 
 def test_report_says_what_the_pool_gives(model_dir: Path) -> None:
     """`request_memory` and the block pool agree, for the policy and for stock vLLM."""
-    from razor_vllm.report import Capacity, plan_of, report_lines, request_memory
+    from razor_vllm.report import Capacity, report_lines, request_memory
 
     with engine(model_dir) as llm:
         stock_bytes = bytes_of_one(llm)
@@ -92,3 +96,42 @@ def test_report_says_what_the_pool_gives(model_dir: Path) -> None:
     assert "retrieval heads by layer: 1 1 1 1" in text
     assert f"{plan.request_bytes(4096):,}" in text
     assert f"{plan.request_bytes(8192):,}" in text
+
+
+@pytest.mark.parametrize("prefill", ["exact", "windowed"])
+def test_a_hybrid_holds_the_formulas_pages(prefill: str, tmp_path: Path) -> None:
+    """Sliding layers included: the block pool gives out `MemoryPlan.request_pages`, no page more.
+
+    In each step of decoding, by requests of many lengths at once, one of which opts out.
+    """
+    model = hybrids.make("gemma3", tmp_path / "gemma3")
+    profile = hybrids.write(hybrids.some_heads(model), tmp_path, "profile")
+    razor = {"head_profile": profile, "window": 48, "sinks": 4, "prefill": prefill}
+    options = {"skip_tokenizer_init": True, "max_model_len": 1024, "max_num_batched_tokens": 2048}
+    with engine(model, razor, **options) as llm:
+        config = manager_of(llm).kv_cache_config
+        plan = plan_of(llm.llm_engine.vllm_config, config)
+        assert plan.num_foreign_groups > 0
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        memory = {x.kv_cache.untyped_storage() for x in layers if x.kv_cache.numel()}
+        allocated = {storage.data_ptr(): storage.nbytes() for storage in memory}
+        assert list(allocated.values()) == [config.num_blocks * plan.page_bytes]
+        for index, prompt in enumerate(prompts([1, 17, 33, 100, 400, 400], seed=3)):
+            policy = {"kv_policy": "full"} if index == 5 else {}
+            params = SamplingParams(
+                temperature=0, max_tokens=80, ignore_eos=True, extra_args=policy
+            )
+            llm.llm_engine.add_request(str(index), prompt, params)
+        compared = 0
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+            requests = running(llm)
+            if len(requests) < 6 or requests[-1].num_output_tokens < 2:
+                continue  # a prompt's pages go with the first step after it
+            # The last token is sampled and not computed yet.
+            until = [DENSE_FOREVER if r.request_id.startswith("5") else 0 for r in requests]
+            held = zip(requests, until, strict=True)
+            want = sum(plan.request_pages(r.num_tokens - 1, dense) for r, dense in held)
+            assert held_bytes(llm) == want * plan.page_bytes
+            compared += 1
+        assert compared > 70
