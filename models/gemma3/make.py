@@ -16,8 +16,9 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+
+from models.smollm2.make import load, publish
 
 PARTS = 4
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -50,13 +51,15 @@ def assemble(folder: Path) -> Path:
 
 def save(folder: Path) -> None:
     """Write the model in bf16, and its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         path = assemble(Path(temporary))
-        options = {"gguf_file": path.name}
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        model = load(path)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        publish(Path(made), folder)
 
 
 def main() -> None:
@@ -65,7 +68,7 @@ def main() -> None:
     try:
         save(parser.parse_args().folder)
     except (ValueError, OSError) as error:
-        sys.exit(f"make_gemma: {error}")
+        sys.exit(f"gemma3: {error}")
 
 
 if __name__ == "__main__":

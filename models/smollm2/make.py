@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tokenizers import pre_tokenizers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import set_verbosity_error
 
 from razor_vllm.heads.profile import FILE_NAME
@@ -71,21 +71,18 @@ def check(path: Path, expected: str = GGUF_SHA256) -> None:
         )
 
 
-def load(path: Path) -> LlamaForCausalLM:
-    """The model in bf16, without a trace of the quantisation."""
+def load(path: Path) -> PreTrainedModel:
+    """The model of a GGUF file in bf16, without a trace of the quantisation."""
     gguf = {"gguf_file": path.name}
     packed = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **gguf)
     config = AutoConfig.from_pretrained(path.parent, **gguf)
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(packed.state_dict())
     return model.bfloat16()
 
 
 def save(path: Path, folder: Path) -> None:
-    """Write model, tokenizer, chat template and head profile from a GGUF file.
-
-    Each file appears whole. `config.json` comes last: where it stands, the others do.
-    """
+    """Write model, tokenizer, chat template and head profile from a GGUF file."""
     model = load(path)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # transformers' reader of GGUF forgets that each digit is a token of its own.
@@ -99,9 +96,14 @@ def save(path: Path, folder: Path) -> None:
         tokenizer.save_pretrained(made)
         if PROFILE.is_file():
             shutil.copy(PROFILE, made)
-        for name in sorted(os.listdir(made), key=lambda name: name == "config.json"):
-            os.chmod(Path(made) / name, 0o644)
-            os.replace(Path(made) / name, folder / name)
+        publish(Path(made), folder)
+
+
+def publish(made: Path, folder: Path) -> None:
+    """Move a model's files to a folder, each whole; where `config.json` stands, the others do."""
+    for name in sorted(os.listdir(made), key=lambda name: name == "config.json"):
+        os.chmod(made / name, 0o644)
+        os.replace(made / name, folder / name)
 
 
 def main() -> None:
