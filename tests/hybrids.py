@@ -2,9 +2,12 @@
 
 The formula is the fp64 oracle in the full-attention layers of a plain transformers model: no
 pages, no chunks, no cache. Other layers attend as transformers has them.
+
+    python tests/hybrids.py KIND FOLDER        a model to measure, with tokenizer and head profile
 """
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +17,7 @@ import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
 from razor_kernels import Window, oracle
-from razor_vllm.heads.profile import HeadProfile
+from razor_vllm.heads.profile import FILE_NAME, HeadProfile
 from razor_vllm.heads.shapes import shape_of
 
 WINDOW = 32
@@ -62,6 +65,17 @@ KINDS = {
             "sliding_window": WINDOW,
             "query_pre_attn_scalar": 32,
             "layer_types": [*_PATTERN * 2, "sliding_attention"],
+        },
+    ),
+    # As deep as Gemma 3 270M, for benchmarks: with a window of 256, 7 block tables to stock's 6.
+    "gemma3-deep": Kind(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            "num_hidden_layers": 18,
+            "head_dim": 32,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 32,
         },
     ),
     # Full layers of 1 x 64 and keys that are values, sliding layers of 2 x 32.
@@ -262,3 +276,11 @@ class Formula:
             logits = self.model(torch.tensor([tokens[:-1]]), use_cache=False).logits[0].float()
         chosen = torch.tensor(tokens[prompt_len:]).unsqueeze(1)
         return logits[prompt_len - 1 :].log_softmax(-1).gather(1, chosen).squeeze(1)
+
+
+if __name__ == "__main__":
+    from make_random_llama import make_tokenizer
+
+    made = make(sys.argv[1], Path(sys.argv[2]))
+    make_tokenizer().save_pretrained(made)
+    write(profile_of_heads(made, [[0]]), made, Path(FILE_NAME).stem)
