@@ -22,6 +22,7 @@ from razor_vllm.managers import register_specs
 from razor_vllm.occupancy import occupancy, request_uses
 from razor_vllm.partition import whole
 from razor_vllm.plan import MemoryPlan, PoolSizes
+from razor_vllm.policy import carrying, dense_part
 from razor_vllm.specs import pool_specs
 
 register_specs()
@@ -54,10 +55,11 @@ def new_manager() -> KVCacheManager:
 
 def start(manager: KVCacheManager, name: str, num_tokens: int) -> Request:
     """A request whose prompt has been computed."""
+    part = dense_part(PLAN.config, None, None, num_tokens)
     request = Request(
         request_id=name,
         prompt_token_ids=list(range(num_tokens)),
-        sampling_params=SamplingParams(max_tokens=100),
+        sampling_params=SamplingParams(max_tokens=100, extra_args=carrying(None, part)),
         pooling_params=None,
         block_hasher=get_request_block_hasher(HASH_BLOCK, sha256),
     )
