@@ -114,7 +114,7 @@ def test_random_heads_are_as_many(seed: int) -> None:
     """The comparison is fair: the same number of heads, of the same model."""
     drawn = needle.random_profile(PROFILE, seed)
     assert drawn.num_retrieval_heads == PROFILE.num_retrieval_heads
-    drawn.check_model(4, 4, 32)
+    drawn.check_model(4, 4, 32, range(4))
     assert drawn == needle.random_profile(PROFILE, seed)
 
 
