@@ -113,7 +113,13 @@ def _deploy(cluster: Cluster, folder: Path, environment: dict[str, str]) -> None
     file = folder / "serve.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = ["serve", "deploy", str(file), "--address", f"http://{LOCAL}:{cluster.dashboard}"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=START_SECONDS)
+    # On a busy machine Ray gives its own actors up before they run; the next try has new ones.
+    wait_for(
+        lambda: not subprocess.run(
+            command, cwd=ROOT, env=environment, check=False, timeout=START_SECONDS
+        ).returncode,
+        "an accepted configuration",
+    )
 
 
 @contextlib.contextmanager
