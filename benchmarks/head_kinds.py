@@ -1,6 +1,6 @@
 """Does a third kind of head pay? Kinds of heads at equal bytes, in transformers with masks.
 
-    python -m benchmarks.head_kinds MODEL --text FILE --profile razor_heads.json
+    python -m benchmarks.head_kinds MODEL --text FILES --profile razor_heads.json
 
 A study, not a server: every head attends what its kind would have kept, token by token, and
 no memory is saved. Each variant keeps as many bytes as the first one, which has the two kinds of
@@ -23,6 +23,7 @@ import json
 import math
 import platform
 import random
+import re
 import shlex
 import sys
 import time
@@ -218,6 +219,23 @@ class Result(NamedTuple):
 
     right: list[bool]
     nats: float
+
+
+def prose(files: Sequence[Path]) -> str:
+    """The files' text; of Markdown the paragraphs, without headings, tables and code."""
+    parts = []
+    for file in sorted(files):
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".md":
+            parts.append(text)
+            continue
+        for paragraph in re.sub(r"```.*?```", "", text, flags=re.DOTALL).split("\n\n"):
+            if paragraph.lstrip().startswith(("|", "#", "    ", "![")):
+                continue
+            plain = re.sub(r"\s+", " ", re.sub(r"[`*]", "", paragraph)).strip()
+            if len(plain) > 80:
+                parts.append(plain.lstrip("- "))
+    return "\n\n".join(parts)
 
 
 def passages_of_facts(
@@ -500,7 +518,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     study = Study(args.model, args.prefill == "exact")
     profile = read_profile(args.profile)
     ranked = rank(profile, args.scores)
-    text = args.text.read_text(encoding="utf-8")
+    text = prose(args.text)
     sentences = [s.strip() + "." for s in text.replace("\n", " ").split(". ") if s.strip()]
     tokens = study.tokenizer.encode(text)
     facts = list(
@@ -563,7 +581,9 @@ def rank(profile: Any, scores: str) -> list[tuple[int, int]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of a model with plain attention")
-    parser.add_argument("--text", type=Path, required=True, help="prose to strew facts into")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", required=True, help="prose to strew facts into"
+    )
     parser.add_argument("--profile", type=Path, required=True, help="whose scores rank the heads")
     parser.add_argument("--scores", default="attribution", help="which of the profile's scores")
     parser.add_argument("--keep", type=int, default=23, help="heads that keep everything")

@@ -45,6 +45,19 @@ MASS = 0.98
 """Share of the score that the chosen heads hold by default."""
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds that PyTorch does not take.
+
+    Raises:
+        ValueError: none, or one out of range.
+    """
+    if not seeds:
+        raise ValueError("no seed is given; at least one is needed")
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}; accepted are whole numbers from 0 to 2^63 - 1")
+
+
 @dataclass(frozen=True)
 class AttributionOptions:
     """How heads are found.
@@ -92,11 +105,7 @@ class AttributionOptions:
                 f"sinks {self.sinks} and window {self.window} hold a whole prompt of "
                 f"{self.length} tokens: nothing would be compressed"
             )
-        if not self.seeds:
-            raise ValueError("no seed is given; at least one is needed")
-        for seed in self.seeds:
-            if not 0 <= seed < 2**63:
-                raise ValueError(f"seed is {seed}; accepted are whole numbers from 0 to 2^63 - 1")
+        check_seeds(self.seeds)
 
     @property
     def memory_advice(self) -> str:

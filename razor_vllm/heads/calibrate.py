@@ -35,7 +35,7 @@ from transformers.utils import is_accelerate_available
 from razor_kernels.scores import COPIES, repeat_scores
 from razor_vllm.heads import alibi, attribution
 from razor_vllm.heads.attention import causal_attention, check_attention, refuse
-from razor_vllm.heads.attribution import AttributionOptions
+from razor_vllm.heads.attribution import AttributionOptions, check_seeds
 from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.heads.shapes import FULL, LINEAR, layer_kinds
 
@@ -72,11 +72,7 @@ class ProbeOptions:
             raise ValueError("induction and echo are both 0: no head would be chosen")
         if self.period < 2:
             raise ValueError(f"period is {self.period}; accepted are whole numbers >= 2")
-        if not self.seeds:
-            raise ValueError("no seed is given; at least one is needed")
-        for seed in self.seeds:
-            if not 0 <= seed < 2**63:
-                raise ValueError(f"seed is {seed}; accepted are whole numbers from 0 to 2^63 - 1")
+        check_seeds(self.seeds)
 
     @property
     def memory_advice(self) -> str:
@@ -294,12 +290,19 @@ def check_config(config: Any) -> None:
 
 
 def default_method(model_name: str, revision: str | None = None) -> Method:
-    """Attribution, or the probe for a model that gives no gradients or has no tokenizer."""
+    """Attribution; the probe where it alone can be run.
+
+    That is a model that gives no gradients, has no tokenizer or one whose tokens are so short
+    that prompts do not fit, or fewer positions than a prompt.
+    """
+    options = AttributionOptions()
     try:
         config, _ = PreTrainedConfig.get_config_dict(model_name, revision=revision)
         if config.get("quantization_config"):
             return "probe"
-        _tokenizer(model_name, revision)
+        if config.get("max_position_embeddings", options.length) < options.length:
+            return "probe"
+        attribution.prompts_of(_tokenizer(model_name, revision), options)
     except OSError:
         pass  # not a model: either method says so
     except ValueError:

@@ -339,8 +339,7 @@ def main() -> None:
         nargs="+",
         choices=list(_METHOD_OPTIONS),
         help="of several, the last one chooses, and the profile has the scores of all; by default "
-        "that of the options given, else attribution, or the probe for a model that gives no "
-        "gradients or has no tokenizer",
+        "that of the options given, else attribution, or the probe where it alone can be run",
     )
     probe = find.add_argument_group("probe")
     probe.add_argument("--induction", type=float, help="share of KV heads by score; 0.14")

@@ -76,3 +76,12 @@ def test_pairs() -> None:
     assert (found["gained"], found["lost"]) == (10, 5)
     assert found["interval"] == [0.25, 0.25]  # every passage gains one of four
     assert head_kinds.pairs(base, base, 4)["interval"] == [0, 0]
+
+
+def test_prose(tmp_path) -> None:
+    """Markdown's paragraphs alone; any other file as it is."""
+    long = "A sentence with `code` in it that is long enough to count as prose: eighty letters."
+    (tmp_path / "b.md").write_text(f"# Head\n\n- {long}\n\n| a |\n\n    code\n\nShort.\n")
+    (tmp_path / "a.txt").write_text("| kept |")
+    found = head_kinds.prose([tmp_path / "b.md", tmp_path / "a.txt"])
+    assert found == "| kept |\n\n" + long.replace("`", "")

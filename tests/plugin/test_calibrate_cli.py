@@ -333,15 +333,26 @@ def test_method_by_default(tmp_path, monkeypatch, change, options, scores) -> No
     assert set(read_profile(output).scores) == scores
 
 
-def test_quantised_models_are_probed_by_default(tmp_path, monkeypatch) -> None:
-    """They give no gradients."""
-    config = json.loads(
-        (Path(__file__).parents[2] / "models/needle/weights/config.json").read_text()
-    )
-    (tmp_path / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"bits": 4}})
-    )
-    assert default_method(str(tmp_path)) == "probe"
+@pytest.mark.parametrize(
+    ("change", "method"),
+    [
+        ({}, "attribution"),
+        ({"quantization_config": {"bits": 4}}, "probe"),
+        ({"max_position_embeddings": 1000}, "probe"),
+    ],
+)
+def test_method_by_default_of_a_configuration(tmp_path, change, method) -> None:
+    """No gradients, or no room for a prompt: the probe."""
+    model = tmp_path / "model"
+    shutil.copytree(Path(__file__).parents[2] / "models/needle/weights", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **change}))
+    assert default_method(str(model)) == method
+
+
+def test_models_of_single_bytes_are_probed_by_default(model_dir) -> None:
+    """A prompt has no room for its questions in their tokens."""
+    assert default_method(str(model_dir)) == "probe"
 
 
 def test_show_tells_of_windowed_prefill_what_the_scores_tell(files, monkeypatch, capsys) -> None:
