@@ -564,3 +564,31 @@ def joined(profiles: Sequence[HeadProfile]) -> HeadProfile:
     scores = {name: rows for profile in profiles for name, rows in profile.scores.items()}
     made_by = {**last.made_by, "scores_by": [profile.made_by for profile in others]}
     return replace(last, scores=scores, made_by=made_by)
+
+
+def rechosen(profile: HeadProfile, options: ProbeOptions | AttributionOptions) -> HeadProfile:
+    """Other heads by the scores that a profile has; no model is run.
+
+    Args:
+        options: of the method whose scores decide; only how it chooses counts.
+
+    Raises:
+        ValueError: the profile lacks those scores, or more heads are asked for than there are.
+    """
+    by_probe = isinstance(options, ProbeOptions)
+    needed = ("induction", "echo") if by_probe else ("attribution",)
+    if not set(needed) <= profile.scores.keys():
+        has = ", ".join(profile.scores) or "none"
+        raise ValueError(f"the profile has no scores of {' and '.join(needed)} (it has: {has})")
+    rule: dict[str, float]
+    if isinstance(options, ProbeOptions):
+        rule = {"induction_share": options.induction, "echo_share": options.echo}
+        heads = choose(dict(profile.scores), options, profile.other_layers)
+    else:
+        rule = options.rule
+        scores = torch.tensor(profile.scores["attribution"], dtype=torch.float64)
+        heads = attribution.choose(scores, profile.full_layers, options)
+    # How far seeds agree was said of another choice.
+    made_by = {name: value for name, value in profile.made_by.items() if name != "stability"}
+    chosen_by = {"scores": list(needed), "rule": rule}
+    return replace(profile, retrieval_heads=heads, made_by={**made_by, "chosen_by": chosen_by})

@@ -199,6 +199,37 @@ def _methods(args: argparse.Namespace) -> list["ProbeOptions | AttributionOption
     ]
 
 
+def _choose(args: argparse.Namespace) -> None:
+    """Other heads by a profile's scores, into another profile."""
+    from razor_vllm.heads.calibrate import rechosen
+    from razor_vllm.heads.profile import read_profile, write_profile
+
+    output = _writable(args.output, args.force)
+    old = read_profile(args.profile)
+    profile = rechosen(old, _options_to_choose(args))
+    write_profile(profile, output)
+    print(
+        f"{output}: {profile.num_retrieval_heads} of {profile.num_heads} KV heads retrieve "
+        f"({old.num_retrieval_heads} in {args.profile})"
+    )
+
+
+def _options_to_choose(args: argparse.Namespace) -> "ProbeOptions | AttributionOptions":
+    """The rule of `razor choose`, with the method that it belongs to.
+
+    Raises:
+        ValueError: no rule, or one of each method.
+    """
+    from razor_vllm.heads.attribution import AttributionOptions
+    from razor_vllm.heads.calibrate import ProbeOptions
+
+    by_probe = _given(args, ("induction", "echo"))
+    by_attribution = _given(args, ("share", "count", "mass"))
+    if bool(by_probe) == bool(by_attribution):
+        raise ValueError("choose by --share, --count or --mass, or by --induction and --echo")
+    return ProbeOptions(**by_probe) if by_probe else AttributionOptions(**by_attribution)
+
+
 def _show(args: argparse.Namespace) -> None:
     """Print a profile's heads, and draw them where asked to."""
     from razor_vllm.heads.profile import read_profile
@@ -321,6 +352,20 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _add_rules(
+    parser: argparse.ArgumentParser,
+) -> tuple[argparse._ArgumentGroup, argparse._ArgumentGroup]:
+    """Options that say how many heads are chosen, in a group for each method."""
+    probe = parser.add_argument_group("probe")
+    probe.add_argument("--induction", type=float, help="share of KV heads by score; 0.14")
+    probe.add_argument("--echo", type=float, help="share of KV heads, on top; 0.01")
+    gates = parser.add_argument_group("attribution")
+    gates.add_argument("--share", type=float, help="share of KV heads that are chosen")
+    gates.add_argument("--count", type=int, help="or their number")
+    gates.add_argument("--mass", type=float, help="or the share of the score that they hold; 0.98")
+    return probe, gates
+
+
 def main() -> None:
     """Entry point of the console script."""
     parser = argparse.ArgumentParser(prog="razor", description=__doc__.splitlines()[0])
@@ -341,14 +386,8 @@ def main() -> None:
         help="of several, the last one chooses, and the profile has the scores of all; by default "
         "that of the options given, else attribution, or the probe where it alone can be run",
     )
-    probe = find.add_argument_group("probe")
-    probe.add_argument("--induction", type=float, help="share of KV heads by score; 0.14")
-    probe.add_argument("--echo", type=float, help="share of KV heads, on top; 0.01")
+    probe, gates = _add_rules(find)
     probe.add_argument("--period", type=int, help="random tokens that are repeated; 2500")
-    gates = find.add_argument_group("attribution")
-    gates.add_argument("--share", type=float, help="share of KV heads that are chosen")
-    gates.add_argument("--count", type=int, help="or their number")
-    gates.add_argument("--mass", type=float, help="or the share of the score that they hold; 0.98")
     gates.add_argument("--text", type=Path, help="text that prompts are made from; one of ours")
     gates.add_argument("--length", type=int, help="tokens of a prompt; 1024")
     gates.add_argument("--sinks", type=int, help="first tokens that local heads keep; 4")
@@ -369,6 +408,11 @@ def main() -> None:
     find.add_argument(
         "--epsilon", type=float, help="of an ALiBi model: attention weight that is nothing; 0.001"
     )
+    pick = commands.add_parser("choose", help="other heads by a profile's scores, without a run")
+    pick.add_argument("profile", type=Path)
+    pick.add_argument("--output", type=Path, required=True)
+    pick.add_argument("--force", action="store_true", help="overwrite the output")
+    _add_rules(pick)
     show = commands.add_parser("show", help="show which heads of a profile retrieve")
     show.add_argument("profile", type=Path)
     show.add_argument("--png", type=Path, help="draw scores and choice to this file")
@@ -407,9 +451,15 @@ def main() -> None:
     if args.command == "cpu-setup":
         cpu_setup.main()
         return
-    run = {"calibrate": _calibrate, "show": _show, "plan": _plan, "convert": _convert}[args.command]
+    commands_run = {
+        "calibrate": _calibrate,
+        "choose": _choose,
+        "show": _show,
+        "plan": _plan,
+        "convert": _convert,
+    }
     try:
-        run(args)
+        commands_run[args.command](args)
     except (ValueError, NotImplementedError, OSError) as error:
         # Bad input: one line, exit status 2, nothing written.
         _fail(str(error).splitlines()[0].removeprefix("razor: "))

@@ -1,4 +1,4 @@
-"""Bad input to `razor calibrate`, `show`, `plan` and `convert`: one clear line, status 2."""
+"""Bad input to `razor calibrate`, `choose`, `show`, `plan` and `convert`: one line, status 2."""
 
 import json
 import pickle
@@ -17,6 +17,19 @@ from razor_vllm.heads.profile import HeadProfile, read_profile, write_profile
 
 PROFILE = HeadProfile(4, 4, 32, ((0,), (1, 3), (), (2,)), {"induction": ((0.5, 0, 0.1, 0),) * 4})
 SLIDING = HeadProfile(2, 2, 16, ((), (1,)), {"echo": ((0, 0), (0.1, 0.4))}, other_layers=(0,))
+GATED = HeadProfile(
+    num_layers=3,
+    num_kv_heads=4,
+    head_size=32,
+    retrieval_heads=((0,), (), ()),
+    scores={
+        "attribution": ((0.5, 0.1, 0.2, 0), (0, 0, 0, 0), (0.3, 0, 0.7, 0.2)),
+        "induction": ((0.5, 0, 0.1, 0), (0.9, 0.9, 0, 0), (0, 0, 0, 0.2)),
+        "echo": ((0, 0, 0, 0.3), (0.9, 0, 0, 0), (0, 0, 0, 0)),
+    },
+    made_by={"method": "two", "rule": {"count": 1}, "stability": 0.9},
+    other_layers=(1,),
+)
 GOOD = PROFILE.to_json()
 
 
@@ -50,6 +63,7 @@ def files(tmp_path: Path) -> Path:
     """A folder of good and bad profiles and patterns."""
     write_profile(PROFILE, tmp_path / "good.json")
     write_profile(SLIDING, tmp_path / "sliding.json")
+    write_profile(GATED, tmp_path / "gated.json")
     texts = {
         "cut.json": GOOD[:200],
         "nan.json": GOOD.replace("0.5", "NaN"),
@@ -128,6 +142,22 @@ def test_profiles_that_do_not_fit(files, monkeypatch, capsys, command, name, mes
         (["plan", "good.json", "--kv-memory", "1", "--sinks", "-4"], "sinks is -4"),
         (["plan", "good.json", "--kv-memory", "1", "--window-ratio", "2"], "window_ratio is 2.0"),
         (["plan", "sliding.json", "--kv-memory", "1"], "1 of 2 layers have no full attention"),
+        (["choose", "good.json", "--output", "new.json"], "choose by --share, --count or --mass"),
+        (
+            ["choose", "good.json", "--output", "new.json", "--count", "3", "--echo", "0.1"],
+            "choose by --share, --count or --mass",
+        ),
+        (
+            ["choose", "good.json", "--output", "new.json", "--count", "3"],
+            "no scores of attribution (it has: induction)",
+        ),
+        (
+            ["choose", "good.json", "--output", "new.json", "--echo", "0.1"],
+            "no scores of induction and echo",
+        ),
+        (["choose", "gated.json", "--output", "new.json", "--count", "9"], "model has 8 KV heads"),
+        (["choose", "gated.json", "--output", "new.json", "--mass", "2"], "mass is 2.0"),
+        (["choose", "gated.json", "--output", "cut.json", "--count", "2"], "--force overwrites it"),
         (["convert", "gates.tsv"], "--model is needed"),
         (["convert", "good.json", "--to-duo", "nowhere"], "nowhere is not a folder"),
         (["convert", "good.json", "--to-duo", ".", "--sinks", "-1"], "sinks is -1"),
@@ -139,6 +169,30 @@ def test_options_that_make_no_sense(files, monkeypatch, capsys, arguments, messa
     before = {path: path.read_bytes() for path in files.iterdir()}
     assert message in refused(monkeypatch, capsys, *arguments)
     assert {path: path.read_bytes() for path in files.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("rule", "heads"),
+    [
+        (["--count", "3"], ((0,), (), (0, 2))),
+        (["--share", "0.5"], ((0, 2), (), (0, 2))),
+        (["--mass", "0.6"], ((0,), (), (2,))),
+        (["--induction", "0.25", "--echo", "0.125"], ((0, 3), (), (3,))),
+    ],
+)
+def test_choose(files, monkeypatch, capsys, rule, heads) -> None:
+    """Other heads by a profile's scores; layers without full attention have none."""
+    output = files / "new.json"
+    razor(monkeypatch, "choose", files / "gated.json", "--output", output, *rule)
+    chosen = read_profile(output)
+    assert chosen.retrieval_heads == heads
+    assert (chosen.scores, chosen.other_layers) == (GATED.scores, GATED.other_layers)
+    assert chosen.made_by["chosen_by"]["rule"] == {
+        name.removeprefix("--") + ("_share" if "--echo" in rule else ""): float(value)
+        for name, value in zip(rule[::2], rule[1::2], strict=True)
+    }
+    assert "stability" not in chosen.made_by  # said of another choice
+    assert f"{sum(map(len, heads))} of 8 KV heads retrieve (1 in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
