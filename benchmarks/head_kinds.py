@@ -1,6 +1,6 @@
 """Does a third kind of head pay? Kinds of heads at equal bytes, in transformers with masks.
 
-    python -m benchmarks.head_kinds MODEL --text FILES --profile razor_heads.json
+    python -m benchmarks.head_kinds MODEL --text FILES --fit-text OTHERS --profile razor_heads.json
 
 A study, not a server: every head attends what its kind would have kept, token by token, and
 no memory is saved. Each variant keeps as many bytes as the first one, which has the two kinds of
@@ -10,6 +10,7 @@ rest. What the others change, and whose idea it is:
     no slot        the mean is left out                                 (StreamingLLM's heads)
     slot by head   left out of the heads that lose by it on other texts
     tiers          windows of three sizes by the heads' scores          (HeadKV, EMS)
+    fewer full     half as many full heads, twice as many with wide windows
     punctuation    some heads keep punctuation as well as a window      (FastGen)
     state          a fitted low-rank state in the mean's place          (LESS)
 
@@ -46,6 +47,9 @@ ROWS = 256
 """Queries attended at a time."""
 HEADS_FITTED_ON = 2
 """Passages that states are fitted on, and that tell which heads lose by the mean."""
+PAGE = 32
+"""Tokens of a local page. Each page has sums of what lies before it, in fp32 where keys and values
+are bf16: so a request can go on from any page that the prefix cache holds."""
 
 FIRST, SECOND, WORDS = (
     words.split()
@@ -63,6 +67,9 @@ TEMPLATES = (
 """Sentence, the beginning of its answer, and what the answer is."""
 
 
+VARIANTS = ("no slot", "slot by head", "tiers", "fewer full", "punctuation", "state")
+
+
 class Kind(NamedTuple):
     """What a local KV head keeps beside its sinks.
 
@@ -77,7 +84,8 @@ class Kind(NamedTuple):
 
     def tokens(self, length: int, marks: int, head_dim: int) -> float:
         """Tokens' worth of keys and values, for a text of `length` tokens."""
-        kept = SINKS + self.window + self.slot + self.rank * (head_dim + 1) / (2 * head_dim)
+        sums = 2 * self.slot + self.rank * (head_dim + 1) / head_dim
+        kept = (SINKS + self.window) * (1 + sums / PAGE)
         return min(length, kept + self.marks * marks * max(1 - kept / length, 0))
 
 
@@ -444,7 +452,7 @@ def variants(
     marks: int,
     tuning: Sequence[Passage],
 ) -> dict[str, Kinds]:
-    """Kinds by name, all within the first one's bytes.
+    """Kinds by name, those asked for, all within the first one's bytes.
 
     ranked: heads, best first. marks: punctuation in a text, in tokens.
     """
@@ -475,16 +483,24 @@ def variants(
     def state(window: int) -> Kinds:
         return {where: Kind(window, slot=False, rank=args.rank) for where in local}
 
-    kinds = {
-        "two kinds": base,
-        "no slot": {where: kind._replace(slot=False) for where, kind in base.items()},
-        "slot by head": heads_without_slot(study, tuning, base),
-        "tiers of windows": fill(tiers),
-        "fewer full, wide windows": fill(fewer_full),
-        "punctuation kept": fill(punctuation),
-        f"state of rank {args.rank}": fill(state),
-    }
-    fit_states(study, tuning, kinds[f"state of rank {args.rank}"], args.steps)
+    def no_slot(window: int) -> Kinds:
+        return {where: Kind(window, slot=False) for where in local}
+
+    kinds = {"two kinds": base}
+    for name in args.variants:
+        if name == "slot by head":
+            kinds[name] = heads_without_slot(study, tuning, base)
+            continue
+        made = {
+            "no slot": no_slot,
+            "tiers": tiers,
+            "fewer full": fewer_full,
+            "punctuation": punctuation,
+            "state": state,
+        }
+        kinds[name] = fill(made[name])
+        if name == "state":
+            fit_states(study, tuning, kinds[name], args.steps)
     return kinds
 
 
@@ -526,10 +542,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             sentences, study.tokenizer, args.length, args.passages, args.facts, args.seed
         )
     )
-    every = args.texts + HEADS_FITTED_ON
-    texts = list(passages_of_text(tokens, args.length, every, False))
-    tuning, texts = texts[:HEADS_FITTED_ON], texts[HEADS_FITTED_ON:]
-    copies = list(passages_of_text(tokens, args.length, every, True))[HEADS_FITTED_ON:]
+    fitted_on = study.tokenizer.encode(prose(args.fit_text))
+    tuning = list(passages_of_text(fitted_on, args.length, HEADS_FITTED_ON, False))
+    texts = list(passages_of_text(tokens, args.length, args.texts, False))
+    copies = list(passages_of_text(tokens, args.length, args.texts, True))
     marks = int(sum(study.is_mark[p.tokens].sum() for p in facts) / len(facts))
     chosen = variants(study, ranked, args.keep, args, marks, tuning)
     rows: list[dict[str, Any]] = []
@@ -584,6 +600,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--text", type=Path, nargs="+", required=True, help="prose to strew facts into"
     )
+    parser.add_argument(
+        "--fit-text", type=Path, nargs="+", required=True, help="other prose, to fit states to"
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--profile", type=Path, required=True, help="whose scores rank the heads")
     parser.add_argument("--scores", default="attribution", help="which of the profile's scores")
     parser.add_argument("--keep", type=int, default=23, help="heads that keep everything")
