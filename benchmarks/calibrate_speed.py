@@ -10,6 +10,7 @@ weights are read. The first round, which compiles the kernel, is reported separa
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -138,7 +139,7 @@ def main() -> None:
     print(f"scoring {share:.1%} of that; peak memory {rounds[0].peak_bytes / 1024**3:.1f} GiB")
     if args.output:
         figures = {
-            "command": " ".join(["python", *sys.argv]),
+            "command": shlex.join(["python", *sys.argv]),
             "device": name,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "seconds": seconds,

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -179,7 +180,7 @@ def main() -> None:
         rows.append(row)
     print(table(rows, args.policies))
     if args.output is not None:
-        command = " ".join(["python -m benchmarks.chat_hits", *sys.argv[1:]])
+        command = f"python -m benchmarks.chat_hits {shlex.join(sys.argv[1:])}"
         results = {"command": command, "device": device(), "load": load._asdict(), "rows": rows}
         args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def main() -> None:
     job = {name: getattr(args, name) for name in names} | {"longest": max(args.lengths)}
     rows = [compare(args.model, {**job, "length": length}) for length in args.lengths]
     report = {
-        "command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.decode", *sys.argv[1:]]),
         "device": device(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},

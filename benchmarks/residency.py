@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def main() -> None:
         import vllm
 
         figures = {
-            "command": " ".join(["python", *sys.argv]),
+            "command": shlex.join(["python", *sys.argv]),
             "device": device(),
             "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
             "job": job,

@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -292,7 +293,7 @@ def main() -> None:
             print(*row.values(), sep="\t", flush=True)
     if args.output:
         report = {
-            "command": " ".join(["python -m benchmarks.triton_resources", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", "benchmarks.triton_resources", *sys.argv[1:]]),
             "versions": {"triton": triton.__version__, "torch": torch.__version__},
             "sources": sources_digest(),
             "rows": rows,

@@ -18,6 +18,7 @@ Exit status: 1 if a verdict fails, 2 if one was not reached or a time not taken.
 import argparse
 import contextlib
 import importlib.metadata
+import shlex
 import sys
 import tempfile
 import time
@@ -149,7 +150,7 @@ def check_installed() -> None:
 
 def run(args: argparse.Namespace, device: str, folder: Path) -> int:
     """Both parts, or those asked for; the exit status."""
-    command = " ".join(["python -m benchmarks.gpu", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
     report = Report(args.output, described(device), command)
     end = time.monotonic() + args.seconds
     complete = True

@@ -17,6 +17,7 @@ servers under the razor policy.
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -129,7 +130,7 @@ def about(args: argparse.Namespace, module: str) -> dict[str, Any]:
     threads = os.environ.get("OMP_NUM_THREADS")
     set_before = [f"OMP_NUM_THREADS={threads}"] if threads else []
     return {
-        "command": " ".join([*set_before, "python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join([*set_before, "python", "-m", module, *sys.argv[1:]]),
         "device": device(),
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
         "model": args.model,
