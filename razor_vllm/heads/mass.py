@@ -37,7 +37,7 @@ def curve_text(profile: HeadProfile, name: str) -> str:
 
 
 def windowed_note(profile: HeadProfile) -> str | None:
-    """Whether the heads can carry windowed prefill, as far as the scores tell; None if they can."""
+    """What the scores say against reading text through windows; None if they say nothing."""
     held = dict(chosen_mass(profile)).get("attribution")
     if held is None and "induction" in profile.scores:
         return (
@@ -47,6 +47,6 @@ def windowed_note(profile: HeadProfile) -> str | None:
     if held is None or held >= CARRYING_MASS:
         return None
     return (
-        f"warning: heads that hold {held:.1%} of the attribution score lose much under windowed "
-        f"prefill; {CARRYING_MASS:.0%} carried it (razor calibrate --method attribution)"
+        f"warning: heads that hold {held:.1%} of the attribution score lose much of what is read "
+        f"through windows; {CARRYING_MASS:.0%} carried it (razor calibrate --method attribution)"
     )

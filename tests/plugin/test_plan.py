@@ -126,14 +126,14 @@ def test_published_head_sets_keep_a_quarter_at_32k(name: str, heads: int) -> Non
     [
         ("exact", {"induction": ((1.0, 0.0),)}, []),
         ("windowed", {"attribution": ((1.0, 0.0),)}, ["SmolLM2"]),
+        ("chat", {"attribution": ((1.0, 0.0),)}, ["chat prefill reads later turns"]),
+        ("chat", {"attribution": ((1.0, 0.5),)}, ["SmolLM2", "warning: heads that hold 66.7%"]),
         ("windowed", {"attribution": ((1.0, 0.5),)}, ["SmolLM2", "warning: heads that hold 66.7%"]),
         ("windowed", {"induction": ((1.0, 0.0),)}, ["SmolLM2", "note: the probe alone"]),
     ],
 )
-def test_start_up_report_tells_what_windowed_prefill_costs(
-    monkeypatch, prefill, scores, said
-) -> None:
-    """What it cost a real model, and whether these heads can carry it; nothing in other modes."""
+def test_start_up_report_tells_what_windows_cost(monkeypatch, prefill, scores, said) -> None:
+    """What a mode cost a real model, and whether these heads can carry it; exact costs nothing."""
     profile = HeadProfile(1, 2, 64, ((0,),), scores)
     plan = plan_memory(RazorConfig(prefill=prefill), whole(profile), torch.bfloat16, 4096, 16)
     lines: list[str] = []
