@@ -241,11 +241,17 @@ def test_peers_share_the_context_alone() -> None:
     assert len({ids[0] for ids in asked}) > 1
 
 
-@pytest.mark.parametrize("folder", sorted(RESULTS.glob("needles-*")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder",
+    [*sorted(RESULTS.glob("needles-*")), RESULTS / "later-turns"],
+    ids=lambda path: path.name,
+)
 def test_tables_of_the_docs_are_the_results(folder: Path) -> None:
-    """Each table of a committed folder is in the docs, and pairs of heads that both have."""
+    """Each table of a committed folder is in the docs, and the pairs of which it has both."""
     policies = report.read(folder)
     pairs = [(f"{mode}-probe-30", f"{mode}-attribution-30") for mode in ("exact", "windowed")]
+    pairs += [("exact-probe-10", "exact-attribution-10")]
+    pairs += [("windowed", "chat"), ("windowed-fifth", "chat-fifth")]
     known = [pair for pair in pairs if set(pair) <= set(policies)]
     text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
     for table in report.tables(policies, report.tasks_of(policies["full"]), "full", known):
