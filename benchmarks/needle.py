@@ -60,6 +60,11 @@ POLICIES = (
     Policy("razor", "razor, exact prefill", {}),
     Policy("razor-no-slot", "razor, exact prefill, no compensation", {"compensation": False}),
     Policy("razor-chat", "razor, chat prefill", {"prefill": "chat"}),
+    Policy(
+        "razor-chat-no-slot",
+        "razor, chat prefill, no compensation",
+        {"prefill": "chat", "compensation": False},
+    ),
     Policy("razor-windowed", "razor, windowed prefill", {"prefill": "windowed"}),
     Policy(
         "razor-windowed-no-slot",

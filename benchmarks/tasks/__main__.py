@@ -38,6 +38,7 @@ POLICIES = {
     "chat": "razor-chat",
     "windowed": "razor-windowed",
     "exact-no-slot": "razor-no-slot",
+    "chat-no-slot": "razor-chat-no-slot",
     "windowed-no-slot": "razor-windowed-no-slot",
     "no-heads": "no-heads",
     "no-heads-windowed": "no-heads-windowed",
