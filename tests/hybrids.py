@@ -49,7 +49,7 @@ class Kind(NamedTuple):
 
 
 _DELTA_NET = {
-    "linear_num_key_heads": 1,
+    "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
