@@ -80,17 +80,17 @@ def moved_by(one: list[Answer], other: list[Answer]) -> float:
     return max(abs(a.logprobs[1] - b.logprobs[1]) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt-oss", "gemma4", "olmo3", "cohere2"])
 def test_fp8_cache(kind: str, model_dir: Path, tmp_path: Path) -> None:
     """`--kv-cache-dtype fp8` stores a byte a number, and costs rounding only.
 
     The kernels' tests hold it against the oracle of what is stored; here the first token's
-    log-probability is near the unquantized one's. Gemma 3's sliding layers are vLLM's own.
+    log-probability is near the unquantized one's. sliding layers of hybrids are vLLM's own.
     """
     requests = prompts([40, 300, 900], seed=5)
     model, options = model_dir, {"max_model_len": 1024}
     profile = profile_file(tmp_path, [[0]] * 4)
-    if kind == "gemma3":
+    if kind != "llama":
         model, options = hybrids.make(kind, tmp_path / kind), OPTIONS
         profile = hybrids.write(hybrids.some_heads(model), tmp_path, "profile")
     razor = {"head_profile": profile, "window": 1024}

@@ -103,9 +103,10 @@ def test_v2_runner_holds_chats(model_dir: Path, kernels: str, lengths: list[int]
             assert logprobs == pytest.approx(alone.logprobs, abs=2e-2)
 
 
-def test_v2_runner_serves_a_hybrid(tmp_path: Path) -> None:
-    """Gemma 3: one runner's tokens are the other's, missed and hit, and with the policy full."""
-    model = hybrids.make("gemma3", tmp_path / "gemma3")
+@pytest.mark.parametrize("kind", ["gemma3", "gpt-oss"])
+def test_v2_runner_serves_a_hybrid(kind: str, tmp_path: Path) -> None:
+    """One runner's tokens are the other's, missed and hit, and with the policy full."""
+    model = hybrids.make(kind, tmp_path / kind)
     profile = hybrids.write(hybrids.some_heads(model), tmp_path, "profile")
     razor = {"head_profile": profile, "window": 48}
     options = {**OPTIONS, "skip_tokenizer_init": True}

@@ -86,8 +86,8 @@ def test_a_layers_share_of_stocks_memory_by_hand() -> None:
     ]  # fmt: skip
     assert sliding.with_block_size(32) == ForeignLayers(50, 32 * 1024, 32, 1024)
     assert [sliding.num_groups(size * 1024) for size in (16, 100, 160, 800)] == [50, 9, 5, 1]
-    state = ForeignLayers(48, 1000, 128, None, 2)
-    assert (state.held_pages(1), state.held_pages(10**6)) == (2, 2)
+    state = ForeignLayers(48, 1000, 128, None, 1, 1)
+    assert (state.held_pages(1), state.held_pages(10**6)) == (1, 1)
     assert state.with_block_size(16) == state
     assert ForeignLayers(1, 100, 32).held_pages(65) == 3
     assert grouped("abcdefg", 10, 35) == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
