@@ -4,8 +4,7 @@ from pathlib import Path
 
 import hybrids
 import pytest
-import torch
-from engines import engine, manager_of, prompts
+from engines import caches, engine, manager_of, prompts
 from vllm import SamplingParams
 
 from razor_kernels import DENSE_FOREVER
@@ -24,17 +23,6 @@ def held_bytes(llm) -> int:
     pool = manager_of(llm).block_pool
     size = config.kv_cache_tensors[0].size // config.num_blocks
     return (pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()) * size
-
-
-def caches(llm) -> list[torch.UntypedStorage]:
-    """Memory behind the cache of every layer; a state has several tensors."""
-    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    found = []
-    for layer in layers:
-        tensors = getattr(layer, "kv_cache", ())
-        tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
-        found += [tensor.untyped_storage() for tensor in tensors if tensor.numel()]
-    return found
 
 
 def running(llm) -> list:
@@ -137,7 +125,8 @@ def test_a_hybrid_holds_the_formulas_pages(kind: str, prefill: str, tmp_path: Pa
         config = manager_of(llm).kv_cache_config
         plan = plan_of(llm.llm_engine.vllm_config, config)
         assert plan.num_foreign_groups > 0
-        allocated = {memory.data_ptr(): memory.nbytes() for memory in caches(llm)}
+        memory = [tensor.untyped_storage() for _, tensor in caches(llm)]
+        allocated = {storage.data_ptr(): storage.nbytes() for storage in memory}
         assert list(allocated.values()) == [config.num_blocks * plan.page_bytes]
         for index, prompt in enumerate(prompts([1, 17, 33, 100, 400, 400], seed=3)):
             policy = {"kv_policy": "full"} if index == 5 else {}
