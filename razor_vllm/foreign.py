@@ -22,7 +22,9 @@ class ForeignLayers:
         page_bytes: of one layer's page.
         block_size: tokens per page; for a state, tokens between two that may be cached.
         window: tokens of a sliding window; None for a state, or for full attention of a draft.
-        num_states: states that a request holds; 0 where pages hold tokens.
+        num_states: states that a decoding request holds; 0 where pages hold tokens.
+        num_moving: states that it holds beside them for one step, when its state moves on to
+            the next page.
     """
 
     num_layers: int
@@ -30,6 +32,7 @@ class ForeignLayers:
     block_size: int
     window: int | None = None
     num_states: int = 0
+    num_moving: int = 0
 
     @property
     def is_state(self) -> bool:

@@ -14,8 +14,8 @@ from razor_vllm.foreign import ForeignLayers
 from razor_vllm.heads.shapes import FULL, heads_of, layer_kinds
 
 _BLOCK_SIZE = 16
-_STATES = 2
-"""Of a request and layer in vLLM's cache mode "align": the one in use, and the last one cached."""
+_STATES, _MOVING = 1, 1
+"""Of a request and layer in vLLM's cache mode "align", where prefixes are cached."""
 
 
 def other_layers(
@@ -36,19 +36,19 @@ def other_layers(
         if kind != FULL
     )
     return tuple(
-        ForeignLayers(count, page_bytes, _BLOCK_SIZE, window, states)
-        for (page_bytes, window, states), count in found.items()
+        ForeignLayers(count, page_bytes, _BLOCK_SIZE, window, states, moving)
+        for (page_bytes, window, states, moving), count in found.items()
     )
 
 
 def _layer(
     config: PreTrainedConfig, layer: int, kind: str, tp_size: int, dtype: torch.dtype
-) -> tuple[int, int | None, int]:
-    """Bytes of a layer's page, tokens of its window, and states of a request."""
+) -> tuple[int, int | None, int, int]:
+    """Bytes of a layer's page, tokens of its window, `num_states` and `num_moving`."""
     if kind == "sliding_attention":
         _, num_kv_heads, head_size = heads_of(config, layer)
         row = 2 * max(num_kv_heads // tp_size, 1) * head_size * dtype.itemsize
-        return row * _BLOCK_SIZE, config.sliding_window, 0
+        return row * _BLOCK_SIZE, config.sliding_window, 0, 0
     if kind == "linear_attention" and hasattr(config, "linear_num_value_heads"):
         shapes = MambaStateShapeCalculator.gated_delta_net_state_shape(
             tp_size,
@@ -58,7 +58,7 @@ def _layer(
             config.linear_value_head_dim,
             config.linear_conv_kernel_dim,
         )
-        return sum(math.prod(shape) for shape in shapes) * dtype.itemsize, None, _STATES
+        return sum(math.prod(shape) for shape in shapes) * dtype.itemsize, None, _STATES, _MOVING
     raise NotImplementedError(
         f"layer {layer} of kind {kind} cannot be counted; sliding windows and Gated DeltaNet can"
     )

@@ -170,8 +170,14 @@ class MemoryPlan:
         page = self.page_bytes
         return sum(f.num_groups(page) * f.held_pages(num_tokens) for f in self.foreign)
 
+    @property
+    def moving_pages(self) -> int:
+        """Pages that a request holds beside `foreign_pages` while it computes the first token
+        past a multiple of `hit_tokens`: its states are copied to new ones."""
+        return sum(f.num_groups(self.page_bytes) * f.num_moving for f in self.foreign)
+
     def request_pages(self, num_tokens: int, dense_until: int = 0) -> int:
-        """Pages that a request holds while computing its last token.
+        """Pages that a request holds while computing its last token, `moving_pages` aside.
 
         Args:
             num_tokens: tokens so far, the one being computed included.
@@ -221,7 +227,8 @@ class MemoryPlan:
 
     def longest_dense(self, num_pages: int) -> int:
         """Tokens of the longest request that fits `num_pages` pages without compression."""
-        low, high = 0, num_pages * max(self.blocks)
+        num_pages -= self.moving_pages
+        low, high = 0, max(num_pages, 0) * max(self.blocks)
         while low < high:
             middle = (low + high + 1) // 2
             if self.request_pages(middle, DENSE_FOREVER) <= num_pages:
@@ -240,6 +247,7 @@ class MemoryPlan:
             return num_tokens
         size = self.blocks.local
         others = self.retrieval_pages(num_tokens) + self.foreign_pages(num_tokens)
+        others += self.moving_pages
         room = (num_pages - others) * size
         if room >= -(-num_tokens // size) * size:
             return num_tokens

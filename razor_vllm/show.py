@@ -13,6 +13,7 @@ from razor_vllm.heads.profile import HeadProfile, write_whole
 from razor_vllm.partition import partition, pipeline_stages, whole
 from razor_vllm.plan import plan_memory
 from razor_vllm.report import foreign_lines
+from razor_vllm.support import check_stages
 
 _SHADES = " .:-=+*#"
 _FULL_BLOCK_SIZE = 16
@@ -86,7 +87,9 @@ def plan_text(
 
     Raises:
         ValueError: heads or layers that do not divide, or sizes that make no sense.
+        NotImplementedError: pipeline stages of a hybrid.
     """
+    check_stages(profile, pp_size)
     for name, value in (("tp", tp_size), ("kv-memory", kv_bytes), ("max-model-len", max_model_len)):
         if value < 1:
             raise ValueError(f"{name} is {value}; accepted are numbers above 0")

@@ -136,10 +136,11 @@ def foreign_layers(
     found = []
     for spec, count in Counter(specs).items():
         window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
-        states = 0
+        page_bytes, states, moving = spec.page_size_bytes, 0, 0
         if isinstance(spec, MambaSpec):
-            states = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
-        found.append(ForeignLayers(count, spec.page_size_bytes, spec.block_size, window, states))
+            states = 1 + spec.num_speculative_blocks
+            moving = spec.max_memory_usage_bytes(vllm_config) // page_bytes - states
+        found.append(ForeignLayers(count, page_bytes, spec.block_size, window, states, moving))
     return tuple(found)
 
 

@@ -104,9 +104,20 @@ def check_profile(vllm_config: VllmConfig, profile: HeadProfile) -> None:
     if len(full) == num_layers:
         heads = (model.get_total_num_kv_heads(), model.get_head_size())
     profile.check_model(num_layers, *heads, full)
-    parallel = vllm_config.parallel_config
-    if profile.other_layers and parallel.pipeline_parallel_size > 1:
-        raise refuse("pipeline parallelism of a model with sliding windows or Mamba states")
+    check_stages(profile, vllm_config.parallel_config.pipeline_parallel_size)
+
+
+def check_stages(profile: HeadProfile, pp_size: int) -> None:
+    """Refuse pipeline stages of a hybrid.
+
+    Raises:
+        NotImplementedError: saying why.
+    """
+    if profile.other_layers and pp_size > 1:
+        raise refuse(
+            "pipeline parallelism of a model with sliding windows or Mamba states, whose stages "
+            "would need cache groups that differ,"
+        )
 
 
 def check_backend(vllm_config: VllmConfig, profile: HeadProfile) -> None:

@@ -134,6 +134,17 @@ def manager_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
 
 
+def caches(llm: Any) -> list[tuple[str, Any]]:
+    """Tensors of the caches of an in-process engine, each with its layer; a state has several."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    found = []
+    for name, layer in layers.items():
+        cache = getattr(layer, "kv_cache", ())
+        tensors = cache if isinstance(cache, list | tuple) else [cache]
+        found += [(name, tensor) for tensor in tensors if tensor.numel()]
+    return found
+
+
 def counted_preemptions() -> list[int]:
     """A list that gets, at each preemption from now on, the tokens generated so far."""
     from vllm.v1.core.sched.scheduler import Scheduler

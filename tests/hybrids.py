@@ -49,7 +49,7 @@ class Kind(NamedTuple):
 
 
 _DELTA_NET = {
-    "linear_num_key_heads": 1,
+    "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
@@ -128,7 +128,8 @@ KINDS = {
         "Qwen3NextForCausalLM",
         {
             "num_hidden_layers": 8,
-            "head_dim": 32,
+            # Beside states pages hold few bytes a token or many tokens: 144 here.
+            "head_dim": 128,
             **_DELTA_NET,
             "num_experts": 4,
             "num_experts_per_tok": 2,

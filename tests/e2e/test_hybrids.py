@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import hybrids
+import make_random_llama
 import pytest
 import torch
-from engines import Answer, answers, counted_preemptions, engine, manager_of, prompts, run_script
+from engines import (
+    GENERATION_PROMPT,
+    Answer,
+    answers,
+    counted_preemptions,
+    engine,
+    hold_chats,
+    manager_of,
+    prompts,
+    run_script,
+)
 
 from razor_kernels import Window
 from razor_vllm.heads.profile import HeadProfile
-from razor_vllm.integrity import check_pools, pool_managers
+from razor_vllm.integrity import check_pools
 from razor_vllm.report import plan_of
 
 pytestmark = pytest.mark.engine
@@ -157,62 +168,83 @@ def test_generated_text_as_a_prompt(prefill: str, models, tmp_path: Path) -> Non
         assert worst(again, cold) < 1e-5
 
 
-STATES: dict[str, Any] = {**OPTIONS, "dtype": "bfloat16", "enable_prefix_caching": True}
+STATES: dict[str, Any] = {
+    "max_model_len": 2048,
+    "max_num_batched_tokens": 128,
+    "dtype": "bfloat16",
+    "enable_prefix_caching": True,
+}
 # The second is long enough for a hit.
 STATE_LENGTHS = [5, 600]
 
 
-def distances(
+def distance(
     formula: hybrids.Formula,
     profile: HeadProfile,
     window: Window,
-    served: list[Answer],
-    dense: bool,
-) -> list[float]:
-    """|difference| of log-probabilities to the formula, of all tokens."""
-    found: list[float] = []
-    for request, answer in zip(prompts(STATE_LENGTHS), served, strict=True):
-        prompt = request["prompt_token_ids"]
-        until = 2**30 if dense else len(prompt)
+    served: list[tuple[list[int], Answer]],
+    dense_until: int | None = None,
+) -> float:
+    """Mean |difference| of log-probabilities to the formula.
+
+    Args:
+        served: prompts and their answers. dense_until: the prompt's length where None.
+    """
+    found = []
+    for prompt, answer in served:
+        until = len(prompt) if dense_until is None else dense_until
         tokens = [*prompt, *answer.tokens]
         want = formula.logprobs(profile, window, tokens, len(prompt), until)
-        found += (want - torch.tensor(answer.logprobs)).abs().tolist()
-    return found
+        found.append((want - torch.tensor(answer.logprobs)).abs())
+    return float(torch.cat(found).mean())
 
 
 def test_states_are_as_near_to_the_formula_as_stocks(models, tmp_path: Path) -> None:
-    """Gated DeltaNet beside split heads, cold and from the cache, in this process and another.
+    """Gated DeltaNet beside split heads: cold and hit, chats, and two ranks in processes of their
+    own.
 
     vLLM's DeltaNet runs in bf16 on a CPU, and depends on chunks a little. A hit that took the
     state of another position would be a hundred times as far.
     """
     model = models("qwen3-next")
+    make_random_llama.make_tokenizer().save_pretrained(model)
     profile = hybrids.some_heads(model)
+    asked = [prompt["prompt_token_ids"] for prompt in prompts(STATE_LENGTHS)]
     with engine(model, None, **STATES) as llm:
         stock = answers(llm, prompts(STATE_LENGTHS))
     formula = hybrids.Formula(model)
     for weight in formula.model.parameters():
         weight.data = weight.data.bfloat16().float()
     nothing = Window(4, 2**20, 0.0, 32)
-    allowed = 1.5 * max(distances(formula, profile, nothing, stock, dense=True))
-    razor = razor_of(model, profile, tmp_path)
+    allowed = 1.5 * distance(formula, profile, nothing, list(zip(asked, stock, strict=True)))
+    # These prompts hold no chat, so they are read as in exact mode.
+    razor = razor_of(model, profile, tmp_path, prefill="chat")
     rounds = []
     with engine(model, razor, **STATES) as llm:
         config = manager_of(llm).kv_cache_config
         plan = plan_of(llm.llm_engine.vllm_config, config)
         for _ in ("cold", "hit"):
             rounds.append(answers(llm, prompts(STATE_LENGTHS)))
+        first = [*asked[-1][:-1], GENERATION_PROMPT]
+        chat = hold_chats(llm, [first], 3, 40)
+        early = hold_chats(llm, [first], 2, 40, extra_args={"kv_dense_tokens": 9})
         assert_clean(llm)
-        hits = [pool.prefix_cache_hit_tokens for pool in pool_managers(manager_of(llm))]
-        assert max(hits) >= plan.hit_tokens, "nothing was taken from the cache"
         cache = llm.llm_engine.vllm_config.cache_config
         assert cache.block_size == plan.hit_tokens
-    job = {"razor": razor, "options": STATES, "lengths": STATE_LENGTHS, "max_tokens": 24}
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    for result in run_script("engine_answers.py", model, job, env):
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    job = {"razor": razor, "options": {**STATES, **ranks}, "lengths": STATE_LENGTHS}
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    for result in run_script("engine_answers.py", model, {**job, "max_tokens": 24}, env):
         rounds.append([Answer(tuple(tokens), tuple(logprobs)) for tokens, logprobs in result])
     assert len(rounds) == 4
-    assert {answer.tokens for answer in rounds[1]} == {answer.tokens for answer in rounds[3]}
     window = Window(RAZOR["sinks"], RAZOR["window"], 0.0, plan.blocks.local)
     for served in rounds:
-        assert max(distances(formula, profile, window, served, dense=False)) < allowed
+        pairs = list(zip(asked, served, strict=True))
+        assert distance(formula, profile, window, pairs) < allowed
+        # Else the formula with local heads would show nothing.
+        assert distance(formula, profile, nothing, pairs[1:]) > allowed
+    for turns, until in ((chat, len(first)), (early, 9)):
+        for number, turn in enumerate(turns):
+            assert turn.cached >= plan.hit_tokens or number == 0
+            pairs = [(turn.prompt, turn.answer)]
+            assert distance(formula, profile, window, pairs, until) < allowed, f"turn {number}"

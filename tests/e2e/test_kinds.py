@@ -5,7 +5,7 @@ from pathlib import Path
 import hybrids
 import pytest
 import torch
-from engines import Answer, answers, engine, profile_file, prompts
+from engines import Answer, answers, caches, engine, profile_file, prompts
 from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 pytestmark = pytest.mark.engine
@@ -80,17 +80,17 @@ def moved_by(one: list[Answer], other: list[Answer]) -> float:
     return max(abs(a.logprobs[1] - b.logprobs[1]) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt-oss"])
 def test_fp8_cache(kind: str, model_dir: Path, tmp_path: Path) -> None:
     """`--kv-cache-dtype fp8` stores a byte a number, and costs rounding only.
 
     The kernels' tests hold it against the oracle of what is stored; here the first token's
-    log-probability is near the unquantized one's. Gemma 3's sliding layers are vLLM's own.
+    log-probability is near the unquantized one's. Sliding layers of hybrids are vLLM's own.
     """
     requests = prompts([40, 300, 900], seed=5)
     model, options = model_dir, {"max_model_len": 1024}
     profile = profile_file(tmp_path, [[0]] * 4)
-    if kind == "gemma3":
+    if kind != "llama":
         model, options = hybrids.make(kind, tmp_path / kind), OPTIONS
         profile = hybrids.write(hybrids.some_heads(model), tmp_path, "profile")
     razor = {"head_profile": profile, "window": 1024}
@@ -98,14 +98,9 @@ def test_fp8_cache(kind: str, model_dir: Path, tmp_path: Path) -> None:
     for dtype in ("auto", "fp8"):
         with engine(model, razor, kv_cache_dtype=dtype, **options) as llm:
             found[dtype] = answers(llm, requests, max_tokens=1)
-            layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-            sizes = {
-                layer.kv_cache.element_size()
-                for name, layer in layers.items()
-                if layer.kv_cache.numel() and "retrieval" not in name
-            }
-            assert "razor.layers.1.local" in layers
-            assert sizes == {1 if dtype == "fp8" else 4}
+            sizes = {name: cache.element_size() for name, cache in caches(llm)}
+            assert "razor.layers.1.local" in sizes
+            assert set(sizes.values()) == {1 if dtype == "fp8" else 4}
     pairs = zip(found["fp8"], found["auto"], strict=True)
     errors = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in pairs]
     assert 0 < sum(errors) / len(errors) < 0.15

@@ -52,9 +52,14 @@ def test_two_ranks_answer_as_one_device(model_dir: Path, tmp_path: Path, heads, 
         assert [tokens for tokens, _ in got] == [list(answer.tokens) for answer in want]
 
 
-def test_two_ranks_of_a_hybrid_answer_as_one_device(tmp_path: Path) -> None:
-    """Gemma 3 with one KV head a rank; of the two full layers each rank has one that retrieves."""
-    model = hybrids.make("gemma3", tmp_path / "gemma3")
+@pytest.mark.parametrize("kind", ["gemma4", "gpt-oss"])
+def test_two_ranks_of_a_hybrid_answer_as_one_device(kind: str, tmp_path: Path) -> None:
+    """Gemma 4: both ranks hold the one KV head of full layers, and one each of sliding layers.
+
+    gpt-oss: one KV head a rank, which in most layers retrieves on one rank alone, and the learned
+    sinks of its query heads.
+    """
+    model = hybrids.make(kind, tmp_path / kind)
     profile = hybrids.write(hybrids.some_heads(model), tmp_path, "profile")
     razor = {"head_profile": profile, "window": 48}
     options = {"max_model_len": 1024, "max_num_batched_tokens": 256, "skip_tokenizer_init": True}

@@ -17,6 +17,7 @@ from razor_vllm.foreign import ForeignLayers, grouped
 from razor_vllm.heads.profile import HeadProfile
 from razor_vllm.partition import whole
 from razor_vllm.plan import plan_memory
+from razor_vllm.show import plan_text
 from razor_vllm.specs import pool_specs
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "head_patterns" / "razor"
@@ -86,11 +87,18 @@ def test_a_layers_share_of_stocks_memory_by_hand() -> None:
     ]  # fmt: skip
     assert sliding.with_block_size(32) == ForeignLayers(50, 32 * 1024, 32, 1024)
     assert [sliding.num_groups(size * 1024) for size in (16, 100, 160, 800)] == [50, 9, 5, 1]
-    state = ForeignLayers(48, 1000, 128, None, 2)
-    assert (state.held_pages(1), state.held_pages(10**6)) == (2, 2)
+    state = ForeignLayers(48, 1000, 128, None, 1, 1)
+    assert (state.held_pages(1), state.held_pages(10**6)) == (1, 1)
     assert state.with_block_size(16) == state
     assert ForeignLayers(1, 100, 32).held_pages(65) == 3
     assert grouped("abcdefg", 10, 35) == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
+
+
+def test_no_plan_for_what_an_engine_refuses() -> None:
+    """Pipeline stages of a hybrid."""
+    profile = HeadProfile(4, 2, 32, ((), (0,), (), (1,)), other_layers=(0, 2))
+    with pytest.raises(NotImplementedError, match="pipeline parallelism of a model with sliding"):
+        plan_text(profile, RazorConfig(), 1, 2, 8192, 2**28, torch.bfloat16)
 
 
 def published(name: str) -> HeadProfile:

@@ -71,6 +71,7 @@ READ = {
     "vllm.v1.core.kv_cache_manager.KVCacheManager": "block_pool coordinator",
     "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": "single_type_managers",
     "vllm.v1.kv_cache_interface.KVCacheConfig": "has_mamba_layers kv_cache_groups num_blocks",
+    "vllm.v1.kv_cache_interface.MambaSpec": "num_speculative_blocks",
     "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "is_eagle_group kv_cache_spec layer_names",
     "vllm.v1.core.sched.scheduler.Scheduler": "get_request_counts has_requests kv_cache_config "
     "kv_cache_manager requests",
