@@ -31,7 +31,7 @@ LAYOUT = KVCacheLayout.BLHNC
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 _CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3")
 _FOREIGN_SPECS = (SlidingWindowSpec, FullAttentionSpec, MambaSpec)
-_DRAFTS = ("ngram", "suffix", "draft_model", "eagle")
+_DRAFTS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
 
 
 def refuse(found: str) -> NotImplementedError:
