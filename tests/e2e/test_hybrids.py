@@ -10,7 +10,16 @@ from typing import Any
 import hybrids
 import pytest
 import torch
-from engines import Answer, answers, counted_preemptions, engine, manager_of, prompts, run_script
+from engines import (
+    Answer,
+    answers,
+    counted_preemptions,
+    engine,
+    local_block_size,
+    manager_of,
+    prompts,
+    run_script,
+)
 
 from razor_kernels import Window
 from razor_vllm.heads.profile import HeadProfile
@@ -62,11 +71,6 @@ def assert_clean(llm: Any) -> None:
     assert check_pools(manager, idle=True) == []
     pool = manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-
-
-def local_block_size(llm: Any) -> int:
-    config = manager_of(llm).kv_cache_config
-    return plan_of(llm.llm_engine.vllm_config, config).blocks.local
 
 
 # vLLM serves Olmo 3 through transformers' own class, which it changes for good: no formula then.
