@@ -158,6 +158,17 @@ def is_pool(spec: KVCacheSpec) -> bool:
     return isinstance(spec, RetrievalSpec | LocalSpec)
 
 
+def needs_zeroed_pages(specs: Iterable[KVCacheSpec]) -> bool:
+    """Whether pages of local heads may later be those of a layer that is not split.
+
+    The running sums in them are fp32. Read as bf16 or fp8 they may be NaN, and vLLM's kernels
+    multiply what lies past a request's last token with zero, which a NaN survives.
+    """
+    kinds = list(specs)
+    is_foreign = (isinstance(spec, AttentionSpec) and not is_pool(spec) for spec in kinds)
+    return any(isinstance(spec, LocalSpec) for spec in kinds) and any(is_foreign)
+
+
 def kv_cache_groups(
     specs: dict[str, KVCacheSpec], drafts_lag: bool = False
 ) -> list[KVCacheGroupSpec]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from make_random_llama import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS
 
 from razor_vllm.heads.profile import HeadProfile
@@ -156,6 +157,17 @@ def local_block_size(llm: Any) -> int:
     """Tokens of a local page of an engine under the policy, whose scheduler is in this process."""
     config = manager_of(llm).kv_cache_config
     return plan_of(llm.llm_engine.vllm_config, config).blocks.local
+
+
+def poison_pages(llm: Any) -> None:
+    """Fill all pages with NaN, as sums of local heads may be in the type of other layers.
+
+    Nothing where the workers are other processes. States are left: they are zeroed elsewhere.
+    """
+    for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values():
+        pages = getattr(layer, "kv_cache", None)
+        if isinstance(pages, torch.Tensor) and pages.numel():
+            pages.view(torch.uint8).fill_(0xFF)
 
 
 def counted_preemptions() -> list[int]:

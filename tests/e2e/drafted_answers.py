@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from engines import answers, counted_drafts, engine, local_block_size, prompts
+from engines import answers, counted_drafts, engine, local_block_size, poison_pages, prompts
 
 NUM_RIGHT = (3, 0, 2, 3, 1)
 """Drafts that are right after so many tokens, modulo the length of this."""
@@ -60,6 +60,8 @@ def main() -> None:
     model, job = sys.argv[1], json.loads(sys.argv[2])
     requests = prompts(job["lengths"])
     with engine(model, job["razor"], **job["options"]) as llm:
+        if job["razor"] is not None:
+            poison_pages(llm)
         rounds = [answers(llm, requests, job["max_tokens"])]
         known = {
             len(prompt["prompt_token_ids"]): [*prompt["prompt_token_ids"], *answer.tokens]
