@@ -40,6 +40,7 @@ from typing import Any
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -629,12 +630,14 @@ def install_worker_patches(
 
         wrap(model_states, "resolve_model_state_cls", _razor_state)
     else:
-        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         wrap(GPUModelRunner, "_build_attention_metadata", _building_v1)
-        # Ends with a vLLM whose CPU runner zeroes whole pages.
-        wrap(CPUModelRunner, "_zero_block_ids", _zeroing)
+        if current_platform.is_cpu():
+            from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+            # Ends with a vLLM whose CPU runner zeroes whole pages.
+            wrap(CPUModelRunner, "_zero_block_ids", _zeroing)
 
 
 def _building_v1(original: Callable[..., Any]) -> Callable[..., Any]:
