@@ -79,6 +79,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _DRAFTS:
         raise refuse(f"speculative decoding by {speculative.method}")
+    draft = speculative and speculative.draft_model_config
+    if draft and draft.hf_config.model_type == "gemma4_mtp":
+        raise refuse("an MTP model that shares the model's K and V (gemma4_mtp)")
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise refuse("--disable-hybrid-kv-cache-manager")
 

@@ -154,7 +154,7 @@ def test_the_v2_runner_drafts(name: str, model_dir: Path, tmp_path: Path) -> Non
     target, draft = CASES[name].make(model_dir, tmp_path)
     profile = hybrids.some_heads(target)
     job = job_of(target, draft, CASES[name], profile, tmp_path)
-    job |= {"lengths": [1, 33, 150], "max_tokens": 40, "rounds": [{}, {}]}
+    job |= {"lengths": [1, 33, 150], "max_tokens": 40, "rounds": [{}, {}], "poison": True}
     job["options"] |= {"max_model_len": 512, "max_num_batched_tokens": 64, "max_num_seqs": 4}
     got = run_v2(target, job, "native")
     assert got["runner"] == "vllm.v1.worker.cpu.model_runner", "not the V2 runner"

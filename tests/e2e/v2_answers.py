@@ -17,6 +17,7 @@ from engines import (
     hold_chats,
     local_block_size,
     manager_of,
+    poison_pages,
     prompts,
 )
 
@@ -27,6 +28,8 @@ def main() -> None:
     model, job = sys.argv[1], json.loads(sys.argv[2])
     preemptions, accepted = counted_preemptions(), counted_drafts()
     with engine(model, job["razor"], **job["options"]) as llm:
+        if job.get("poison"):
+            poison_pages(llm)
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         module = type(runner.model_runner).__module__
         rounds = [
