@@ -165,7 +165,7 @@ def test_the_v2_runner_drafts(name: str, model_dir: Path, tmp_path: Path) -> Non
     assert_formula(got, target, profile, job["lengths"], CASES[name].tolerance)
 
 
-STATE_LENGTHS = [40, 1500]
+STATE_LENGTHS = [40, 2500]
 """The second is much longer than a local page, which beside states is long."""
 
 
@@ -192,7 +192,7 @@ def test_an_mtp_layer_beside_states_is_as_near_to_the_formula_as_stocks(tmp_path
     up the state of another position would be thirty times as far.
     """
     target = drafts.add_mtp(hybrids.make("qwen3-next", tmp_path / "qwen3-next"))
-    options = {"dtype": "bfloat16", "enable_prefix_caching": False, "max_model_len": 2048}
+    options = {"dtype": "bfloat16", "enable_prefix_caching": False, "max_model_len": 4096}
     profile = hybrids.some_heads(target)
     job = job_of(target, None, Case("mtp", mimo, options=options), profile, tmp_path)
     job["lengths"] = STATE_LENGTHS
