@@ -72,7 +72,8 @@ def counted(model: EngineModel) -> Drafts:
 
 def chats(model: EngineModel, args: argparse.Namespace) -> dict[str, list[Chat]]:
     """Kind to chats of about `--length` tokens."""
-    filler, made = Filler(args.text), {"open": [], "repeated": []}
+    filler = Filler(args.text)
+    made: dict[str, list[Chat]] = {"open": [], "repeated": []}
     for index in range(args.samples):
         seed = f"{args.seed}/acceptance/{index}"
         text = draw_context("needles", seed, args.length, filler, model.count_tokens)
@@ -111,13 +112,17 @@ def summary(drafted: dict[str, list[Drafts]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     shares = {}
     for policy, chats in drafted.items():
-        total = Drafts(*(sum(column) for column in list(zip(*chats, strict=True))[:3]), ())
+        drafts, tokens, accepted = (
+            sum(getattr(chat, name) for chat in chats) for name in ("drafts", "tokens", "accepted")
+        )
         by_position = [sum(column) for column in zip(*(c.by_position for c in chats), strict=True)]
         rows[policy] = {
-            **total._asdict(),
+            "drafts": drafts,
+            "tokens": tokens,
+            "accepted": accepted,
             "by_position": by_position,
-            "share": round(total.accepted / max(total.tokens, 1), 4),
-            "tokens_a_step": round(1 + total.accepted / max(total.drafts, 1), 3),
+            "share": round(accepted / max(tokens, 1), 4),
+            "tokens_a_step": round(1 + accepted / max(drafts, 1), 3),
         }
         shares[policy] = {str(i): [c.accepted / max(c.tokens, 1)] for i, c in enumerate(chats)}
     pair = compare(shares["full"], shares["razor"])
