@@ -172,7 +172,7 @@ def open_engine(
 
     if razor is not None:
         options["additional_config"] = {"razor": razor}
-    llm = LLM(model, disable_log_stats=True, **options)
+    llm = LLM(model, **{"disable_log_stats": True, **options})
     try:
         yield EngineModel(llm, completion)
     finally:

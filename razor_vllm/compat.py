@@ -10,6 +10,8 @@ A comment at each patch says which vLLM would end it.
     Platform._align_hybrid_block_size        Mamba states are not padded to pages of ours
     EngineCore._initialize_kv_caches         specs; stop if not attached; start-up report
     get_kv_cache_groups                      few block tables for layers that are not split
+    KVCacheConfig.has_mixed_precision_...    pages of local heads are zeroed before others get them
+    CPUModelRunner._zero_block_ids           so are those of sliding windows on a CPU
     engine.core.resolve_kv_cache_block_sizes chunks end where Mamba states may be cached
     EngineCore.preprocess_add_request        the last check of a request: see admission; its
                                              `dense_until`
@@ -38,9 +40,11 @@ from typing import Any
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from razor_kernels import DENSE_FOREVER
@@ -68,7 +72,7 @@ from razor_vllm.policy import (
     step_dense_until,
 )
 from razor_vllm.report import check_attached, log_report
-from razor_vllm.specs import kv_cache_groups
+from razor_vllm.specs import kv_cache_groups, needs_zeroed_pages
 from razor_vllm.support import LAYOUT, check_backend, check_engine, check_profile
 from razor_vllm.turns import TURN_KEY, Messages, Turn, learn_marker, turn_of
 
@@ -452,10 +456,35 @@ def _grouping(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_kv_cache_groups
 
 
+def _mixing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def has_mixed_precision_kv_cache(self: Any) -> bool:
+        return original(self) or needs_zeroed_pages(g.kv_cache_spec for g in self.kv_cache_groups)
+
+    return has_mixed_precision_kv_cache
+
+
+def _zeroing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's CPU runner zeroes pages as far as layers with full attention use them."""
+
+    def _zero_block_ids(self: Any, block_ids: list[int]) -> None:
+        original(self, block_ids)
+        if config_of(self.vllm_config.additional_config) is None:
+            return
+        layers = self.compilation_config.static_forward_context
+        for group in self.kv_cache_config.kv_cache_groups:
+            if isinstance(group.kv_cache_spec, SlidingWindowSpec):
+                for name in group.layer_names:
+                    layers[name].kv_cache[block_ids] = 0
+
+    return _zero_block_ids
+
+
 def install_grouping() -> None:
     """Group layers as `specs.kv_cache_groups` says, in an engine and in its workers."""
     from vllm.v1.core import kv_cache_utils
 
+    # Ends with a vLLM that takes a spec's word for what is stored.
+    wrap(KVCacheConfig, "has_mixed_precision_kv_cache", _mixing)
     if "get_kv_cache_groups" in vars(kv_cache_utils):
         wrap(kv_cache_utils, "get_kv_cache_groups", _grouping)
     else:  # vLLM 0.33
@@ -604,6 +633,11 @@ def install_worker_patches(
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         wrap(GPUModelRunner, "_build_attention_metadata", _building_v1)
+        if current_platform.is_cpu():
+            from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+            # Ends with a vLLM whose CPU runner zeroes whole pages.
+            wrap(CPUModelRunner, "_zero_block_ids", _zeroing)
 
 
 def _building_v1(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ two pools, and a page there is as long as a page of ours, so several layers shar
 
     a page of a pool     | retrieval heads of all full layers, B_r tokens        | padding |
     a page of a group    | layer 0, 16 tokens | layer 1 | ... | layer k - 1      | padding |
+    a page of a draft    | its layers, as many tokens as fit                     | padding |
 
 Layers that share pages share a block table: a *group*. This module imports no vLLM.
 """
@@ -46,9 +47,14 @@ class ForeignLayers:
         return "full attention" if self.window is None else f"window of {self.window}"
 
     @property
+    def is_draft(self) -> bool:
+        """Full attention that is not split is a draft's."""
+        return self.window is None and not self.is_state
+
+    @property
     def num_together(self) -> int:
         """Layers that a page must hold at least: all of a draft's."""
-        return self.num_layers if self.window is None and not self.is_state else 1
+        return self.num_layers if self.is_draft else 1
 
     def with_block_size(self, block_size: int) -> "ForeignLayers":
         """The same layers with other pages; a state's page has no tokens, and stays."""

@@ -65,6 +65,8 @@ class _RazorManager(SingleTypeKVCacheManager):
 
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
+        # Our kernels read only what was written, so vLLM need not zero new pages.
+        self._record_new_block_ids = False
         self.dense_parts: dict[str, DensePart] = {}
         # For the metrics: tokens taken from the prefix cache, and tokens that left windows.
         self.prefix_cache_hit_tokens = 0

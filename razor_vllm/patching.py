@@ -11,7 +11,9 @@ _originals: list[tuple[Any, str, Any]] = []
 
 
 def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], F]) -> None:
-    """Replace owner.name by make(owner.name), once; static and class methods stay what they are.
+    """Replace owner.name by make(owner.name), once.
+
+    Static and class methods stay what they are, and so do properties that are only read.
 
     Raises:
         AttributeError: the owner itself does not define the name.
@@ -19,8 +21,8 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], F]) -> None
     if name not in vars(owner):
         raise AttributeError(f"{owner.__name__} has no {name}")
     raw = vars(owner)[name]
-    kind = type(raw) if isinstance(raw, staticmethod | classmethod) else None
-    original = raw.__func__ if kind else raw
+    kind = type(raw) if isinstance(raw, staticmethod | classmethod | property) else None
+    original = raw.fget if kind is property else raw.__func__ if kind else raw
     if getattr(original, "_razor", False):
         return
     wrapper: Any = functools.wraps(original)(make(original))

@@ -13,7 +13,7 @@ attention, if the model has any, lie in pages of the same bytes: see `foreign`.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,9 @@ hits come."""
 FOREIGN_BLOCK_SIZES = (16, 32)
 """Tokens per page of layers without full attention: vLLM never splits pages that layers share
 into blocks of its kernels, so they are as long as such a block may be."""
+
+DRAFT_BLOCK_SIZES = tuple(range(16, 1025, 16))
+"""Tokens per page of a draft, whose few layers would leave most of a page empty otherwise."""
 
 _MAX_TABLES = 8
 """Preferred limit of block tables of a request. Each costs the host time in every step:
@@ -270,6 +273,7 @@ def plan_memory(
     block_size: int,
     foreign: Sequence[ForeignLayers] = (),
     foreign_block_sizes: Sequence[int] = FOREIGN_BLOCK_SIZES,
+    draft_block_sizes: Sequence[int] = DRAFT_BLOCK_SIZES,
 ) -> MemoryPlan:
     """Choose the page of the block pool, and tokens per page, so that requests cost least.
 
@@ -280,6 +284,7 @@ def plan_memory(
         block_size: stock vLLM's, used if there is only one pool and nothing to match.
         foreign: layers that are not split by heads, with pages of any length.
         foreign_block_sizes: tokens per page that those layers' backends accept.
+        draft_block_sizes: the same of a draft's layers.
 
     Raises:
         ValueError: no retrieval head, and the config does not allow it.
@@ -287,7 +292,10 @@ def plan_memory(
     if heads.retrieval_quota == 0 and not config.allow_no_retrieval_heads:
         raise ValueError("razor: the head profile names no retrieval head; at least one is needed")
     plans = (
-        MemoryPlan(config, heads, dtype, PoolSizes(*sizes), block_size, layers, least)
+        _with_long_drafts(
+            MemoryPlan(config, heads, dtype, PoolSizes(*sizes), block_size, layers, least),
+            draft_block_sizes,
+        )
         for layers in _foreign_choices(foreign, foreign_block_sizes)
         for least in _least_pages(layers)
         for sizes in _pool_sizes(heads, dtype, block_size, layers, least)
@@ -304,6 +312,24 @@ def _foreign_choices(
         return
     for size in block_sizes:
         yield tuple(layers.with_block_size(size) for layers in foreign)
+
+
+def _with_long_drafts(plan: MemoryPlan, block_sizes: Sequence[int]) -> MemoryPlan:
+    """The plan with a draft's pages as long as fits, in step with all others."""
+
+    def lengthened(layers: ForeignLayers) -> ForeignLayers:
+        if not layers.is_draft:
+            return layers
+        token_bytes = layers.num_layers * layers.page_bytes // layers.block_size
+        steps = math.lcm(*plan.blocks, layers.block_size)
+        fitting = [
+            size
+            for size in block_sizes
+            if size * token_bytes <= plan.page_bytes and not (size % steps and steps % size)
+        ]
+        return layers.with_block_size(max(fitting, default=layers.block_size))
+
+    return replace(plan, foreign=tuple(map(lengthened, plan.foreign)))
 
 
 def _least_pages(foreign: Sequence[ForeignLayers]) -> list[int]:
@@ -352,9 +378,11 @@ def _pool_sizes(
 def _cost(plan: MemoryPlan, max_model_len: int) -> tuple[bool, bool, float, int, float]:
     lengths = [max(max_model_len // part, 1) for part in (8, 4, 2, 1)]
     mean = sum(plan.request_bytes(n) / n for n in lengths) / len(lengths)
-    # Beside states pages are long, and short steps of hits would waste most of them.
-    has_states = any(layers.is_state for layers in plan.foreign)
-    longest_hit = max(plan.blocks) if has_states else _MAX_HIT_TOKENS
-    near = round(math.log(mean) / _NEAR) if has_states else mean
+    # Beside states pages are long, and short steps of hits would waste most of them. So would
+    # they of a draft's pages.
+    has_long = any(layers.is_state or layers.is_draft for layers in plan.foreign)
+    drafts = [layers.block_size for layers in plan.foreign if layers.is_draft]
+    longest_hit = max(*plan.blocks, *drafts) if has_long else _MAX_HIT_TOKENS
+    near = round(math.log(mean) / _NEAR) if has_long else mean
     long_hits = plan.hit_tokens > longest_hit
     return plan.num_tables > _MAX_TABLES, long_hits, near, plan.hit_tokens, mean

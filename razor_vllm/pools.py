@@ -16,8 +16,8 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionBackend, AttentionType
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
 from razor_kernels.forms import Form, Setting, choose_form
 from razor_kernels.step import LayerHeads, PoolPages
@@ -26,7 +26,7 @@ from razor_vllm.config import config_of
 from razor_vllm.foreign import ForeignLayers
 from razor_vllm.managers import register_specs
 from razor_vllm.partition import rank_heads
-from razor_vllm.plan import FOREIGN_BLOCK_SIZES, POOLS, MemoryPlan, plan_memory
+from razor_vllm.plan import DRAFT_BLOCK_SIZES, FOREIGN_BLOCK_SIZES, POOLS, MemoryPlan, plan_memory
 from razor_vllm.specs import foreign_layers, pool_specs
 from razor_vllm.support import check_foreign, check_layers, check_shape
 
@@ -132,7 +132,7 @@ class Attachment:
         Not earlier, because vLLM chooses its block size after the model is loaded. And not
         again, because vLLM later changes that size and the model's length, while pages stay.
         """
-        foreign, block_sizes = self._foreign()
+        foreign, block_sizes, draft_sizes = self._foreign()
         return plan_memory(
             self.config,
             self.heads,
@@ -141,24 +141,28 @@ class Attachment:
             self.vllm_config.cache_config.block_size,
             foreign,
             block_sizes,
+            draft_sizes,
         )
 
-    def _foreign(self) -> tuple[tuple[ForeignLayers, ...], list[int]]:
+    def _foreign(self) -> tuple[tuple[ForeignLayers, ...], list[int], list[int]]:
         """The layers that are not split by heads, a draft's included, and the lengths that
-        their pages may have."""
+        pages of others and of a draft may have."""
         kind: Any = AttentionLayerBase
         specs: dict[str, KVCacheSpec] = {}
-        block_sizes = list(FOREIGN_BLOCK_SIZES)
+        block_sizes, draft_sizes = list(FOREIGN_BLOCK_SIZES), list(DRAFT_BLOCK_SIZES)
         for name, layer in get_layers_from_vllm_config(self.vllm_config, kind).items():
             if name in self.layer_index or isinstance(layer, Pool):
                 continue
             spec, backend = layer.get_kv_cache_spec(self.vllm_config), layer.get_attn_backend()
             if isinstance(spec, AttentionSpec):
                 spec = backend.customize_spec(spec)
-                block_sizes = [size for size in block_sizes if backend.supports_block_size(size)]
+                block_sizes = [size for size in block_sizes if takes_whole(backend, size)]
+                if isinstance(spec, FullAttentionSpec):
+                    draft_sizes = [size for size in draft_sizes if takes_whole(backend, size)]
             check_foreign(name, layer, spec)
             specs[name] = spec
-        return foreign_layers(specs.values(), self.vllm_config), block_sizes
+        layers = foreign_layers(specs.values(), self.vllm_config)
+        return layers, block_sizes, draft_sizes
 
     @functools.cached_property
     def form(self) -> Form:
@@ -190,6 +194,15 @@ class Attachment:
                 pool_of[head], slot_of[head] = index, slot
         as_tensor = functools.partial(torch.tensor, dtype=torch.int32, device=self.device)
         return LayerHeads(as_tensor(pool_of), as_tensor(slot_of))
+
+
+def takes_whole(backend: type[AttentionBackend], block_size: int) -> bool:
+    """Whether a backend's kernels read pages of so many tokens without splitting them."""
+    sizes = backend.get_supported_kernel_block_sizes()
+    return not sizes or any(
+        block_size % size.base == 0 if isinstance(size, MultipleOf) else block_size == size
+        for size in sizes
+    )
 
 
 def stored_dtype(layer: Attention) -> torch.dtype:

@@ -30,6 +30,8 @@ class RetrievalSpec(FullAttentionSpec):
     """Tokens per page of stock vLLM when the plan was made: vLLM's own setting changes later."""
     foreign_block_size: int | None
     """Tokens per page of layers that are not split by heads; None where there are none."""
+    draft_block_size: int | None
+    """The same of a draft's layers."""
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -45,6 +47,7 @@ class LocalSpec(SlidingWindowSpec):
     razor: RazorConfig
     full_block_size: int
     foreign_block_size: int | None
+    draft_block_size: int | None
     """See `RetrievalSpec`."""
 
     @property
@@ -94,8 +97,13 @@ class LocalSpec(SlidingWindowSpec):
 def pool_specs(plan: MemoryPlan) -> tuple[RetrievalSpec | None, LocalSpec | None]:
     """Specs of the pools that have slots, with pages of equal bytes."""
     head_size, dtype = plan.profile.head_size, plan.dtype
-    foreign = {layers.block_size for layers in plan.foreign if not layers.is_state}
-    foreign_block_size = max(foreign, default=None)
+    foreign_block_size, draft_block_size = (
+        max(
+            (f.block_size for f in plan.foreign if f.is_draft is draft and not f.is_state),
+            default=None,
+        )
+        for draft in (False, True)
+    )
     retrieval = local = None
     if plan.num_retrieval_slots:
         retrieval = RetrievalSpec(
@@ -106,6 +114,7 @@ def pool_specs(plan: MemoryPlan) -> tuple[RetrievalSpec | None, LocalSpec | None
             razor=plan.config,
             full_block_size=plan.full_block_size,
             foreign_block_size=foreign_block_size,
+            draft_block_size=draft_block_size,
         )
     if plan.num_local_slots:
         local = LocalSpec(
@@ -117,6 +126,7 @@ def pool_specs(plan: MemoryPlan) -> tuple[RetrievalSpec | None, LocalSpec | None
             razor=plan.config,
             full_block_size=plan.full_block_size,
             foreign_block_size=foreign_block_size,
+            draft_block_size=draft_block_size,
         )
     page_bytes = plan.page_bytes
     return (
@@ -149,6 +159,17 @@ def is_pool(spec: KVCacheSpec) -> bool:
     return isinstance(spec, RetrievalSpec | LocalSpec)
 
 
+def needs_zeroed_pages(specs: Iterable[KVCacheSpec]) -> bool:
+    """Whether pages of local heads may later be those of a layer that is not split.
+
+    The running sums in them are fp32. Read as bf16 or fp8 they may be NaN, and vLLM's kernels
+    multiply what lies past a request's last token with zero, which a NaN survives.
+    """
+    kinds = list(specs)
+    is_foreign = (isinstance(spec, AttentionSpec) and not is_pool(spec) for spec in kinds)
+    return any(isinstance(spec, LocalSpec) for spec in kinds) and any(is_foreign)
+
+
 def kv_cache_groups(
     specs: dict[str, KVCacheSpec], drafts_lag: bool = False
 ) -> list[KVCacheGroupSpec]:
@@ -171,8 +192,10 @@ def kv_cache_groups(
     for name, spec in specs.items():
         if name not in pools:
             if isinstance(spec, AttentionSpec):
-                assert first.foreign_block_size is not None, "a foreign layer that is not planned"
-                spec = replace(spec, block_size=first.foreign_block_size)
+                is_draft = isinstance(spec, FullAttentionSpec)
+                size = first.draft_block_size if is_draft else first.foreign_block_size
+                assert size is not None, "a foreign layer that is not planned"
+                spec = replace(spec, block_size=size)
             same.setdefault(spec, []).append(name)
     for spec, names in same.items():
         shared = grouped(names, spec.page_size_bytes, first.page_size_bytes)

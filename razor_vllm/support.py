@@ -31,7 +31,7 @@ LAYOUT = KVCacheLayout.BLHNC
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 _CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3")
 _FOREIGN_SPECS = (SlidingWindowSpec, FullAttentionSpec, MambaSpec)
-_DRAFTS = ("ngram", "suffix", "draft_model", "eagle")
+_DRAFTS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
 
 
 def refuse(found: str) -> NotImplementedError:
@@ -79,6 +79,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _DRAFTS:
         raise refuse(f"speculative decoding by {speculative.method}")
+    draft = speculative and speculative.draft_model_config
+    if draft and draft.hf_config.model_type == "gemma4_mtp":
+        raise refuse("an MTP model that shares the model's K and V (gemma4_mtp)")
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise refuse("--disable-hybrid-kv-cache-manager")
 

@@ -7,13 +7,16 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from make_random_llama import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS
 
 from razor_vllm.heads.profile import HeadProfile
+from razor_vllm.report import plan_of
 
 MAX_LEN = 8192
 GENERATION_PROMPT = 3
@@ -129,6 +132,22 @@ def run_script(
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
+def run_v2(model: Path, job: dict[str, Any], kernels: str) -> dict[str, Any]:
+    """Answers of an engine on the V2 runner, from a process of its own.
+
+    Args:
+        kernels: their form, see `razor_kernels.forms`.
+    """
+    env = {
+        "RAZOR_KERNELS": kernels,
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        # Skips a warm-up whose dummy logits upset the interpreted sampler.
+        "VLLM_CPU_CI_ENV": "1",
+    }
+    return run_script("v2_answers.py", model, job, env, [TESTS / "stubs" / "triton_cpu"])
+
+
 def manager_of(llm: Any) -> Any:
     """vLLM's KVCacheManager of an in-process engine."""
     return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
@@ -145,6 +164,23 @@ def caches(llm: Any) -> list[tuple[str, Any]]:
     return found
 
 
+def local_block_size(llm: Any) -> int:
+    """Tokens of a local page of an engine under the policy, whose scheduler is in this process."""
+    config = manager_of(llm).kv_cache_config
+    return plan_of(llm.llm_engine.vllm_config, config).blocks.local
+
+
+def poison_pages(llm: Any) -> None:
+    """Fill all pages with NaN, as sums of local heads may be in the type of other layers.
+
+    Nothing where the workers are other processes. States are left: they are zeroed elsewhere.
+    """
+    for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values():
+        pages = getattr(layer, "kv_cache", None)
+        if isinstance(pages, torch.Tensor) and pages.numel():
+            pages.view(torch.uint8).fill_(0xFF)
+
+
 def counted_preemptions() -> list[int]:
     """A list that gets, at each preemption from now on, the tokens generated so far."""
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -157,6 +193,21 @@ def counted_preemptions() -> list[int]:
         return original(self, request, *args, **kwargs)
 
     Scheduler._preempt_request = counting
+    return seen
+
+
+def counted_drafts() -> Counter[int]:
+    """A counter that gets, of each request's drafts in a step, how many were accepted."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    seen: Counter[int] = Counter()
+    original = Scheduler.make_spec_decoding_stats
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen[kwargs["num_accepted_tokens"]] += 1
+        return original(self, *args, **kwargs)
+
+    Scheduler.make_spec_decoding_stats = counting
     return seen
 
 

@@ -135,8 +135,9 @@ KINDS = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 64,
             "shared_expert_intermediate_size": 64,
-            # vLLM wants one layer of experts; the others are quicker without.
-            "mlp_only_layers": list(range(7)),
+            # vLLM wants one layer of experts, and so an MTP layer has them, since it counts as
+            # the first; the others are quicker without.
+            "mlp_only_layers": list(range(1, 8)),
         },
     ),
 }
@@ -270,13 +271,24 @@ class Formula:
         dense_until: int,
     ) -> torch.Tensor:
         """Log-probability of each token after the prompt: fp32 `[tokens after it]`."""
+        found = self.distributions(profile, window, tokens, prompt_len, dense_until)
+        return found.gather(1, torch.tensor(tokens[prompt_len:]).unsqueeze(1)).squeeze(1)
+
+    def distributions(
+        self,
+        profile: HeadProfile,
+        window: Window,
+        tokens: list[int],
+        prompt_len: int,
+        dense_until: int,
+    ) -> torch.Tensor:
+        """Log-probabilities where each token after the prompt stands: fp32 `[tokens, vocab]`."""
         AttentionInterface.register(
             "razor_oracle", _attend(profile, window, dense_until, self.window)
         )
         with torch.no_grad():
             logits = self.model(torch.tensor([tokens[:-1]]), use_cache=False).logits[0].float()
-        chosen = torch.tensor(tokens[prompt_len:]).unsqueeze(1)
-        return logits[prompt_len - 1 :].log_softmax(-1).gather(1, chosen).squeeze(1)
+        return logits[prompt_len - 1 :].log_softmax(-1)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,16 @@ drafts in a step the first few are right, and those after them wrong. The second
 prefix cached, the third does. A process of its own: vLLM's drafters import what other engines
 of a process cannot bear.
 
-    python drafted_answers.py MODEL '{"razor": {...}, "options": {...}, "lengths": [...], ...}'
+    python drafted_answers.py MODEL '{"razor": {...} or null, "options": {...}, ...}'
 """
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from engines import answers, engine, prompts
+from engines import answers, counted_drafts, engine, local_block_size, poison_pages, prompts
 
 NUM_RIGHT = (3, 0, 2, 3, 1)
 """Drafts that are right after so many tokens, modulo the length of this."""
@@ -57,25 +56,12 @@ def force_drafts(known: dict[int, list[int]]) -> None:
     GPUModelRunner.propose_draft_token_ids = propose
 
 
-def counted_drafts() -> Counter[int]:
-    """A counter that gets, of each request's drafts in a step, how many were accepted."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    seen: Counter[int] = Counter()
-    original = Scheduler.make_spec_decoding_stats
-
-    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen[kwargs["num_accepted_tokens"]] += 1
-        return original(self, *args, **kwargs)
-
-    Scheduler.make_spec_decoding_stats = counting
-    return seen
-
-
 def main() -> None:
     model, job = sys.argv[1], json.loads(sys.argv[2])
     requests = prompts(job["lengths"])
     with engine(model, job["razor"], **job["options"]) as llm:
+        if job["razor"] is not None:
+            poison_pages(llm)
         rounds = [answers(llm, requests, job["max_tokens"])]
         known = {
             len(prompt["prompt_token_ids"]): [*prompt["prompt_token_ids"], *answer.tokens]
@@ -85,9 +71,8 @@ def main() -> None:
         accepted = counted_drafts()
         llm.reset_prefix_cache()
         rounds += [answers(llm, requests, job["max_tokens"]) for _ in range(2)]
-        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-        plan = layers["razor.layers.1.local"].attached.plan
-    result = {"rounds": rounds, "accepted": dict(accepted), "block_size": plan.blocks.local}
+        block_size = local_block_size(llm) if job["razor"] is not None else None
+    result = {"rounds": rounds, "accepted": dict(accepted), "block_size": block_size}
     print("RESULT " + json.dumps(result))
 
 

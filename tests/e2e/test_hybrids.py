@@ -18,6 +18,7 @@ from engines import (
     counted_preemptions,
     engine,
     hold_chats,
+    local_block_size,
     manager_of,
     prompts,
     run_script,
@@ -73,11 +74,6 @@ def assert_clean(llm: Any) -> None:
     assert check_pools(manager, idle=True) == []
     pool = manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-
-
-def local_block_size(llm: Any) -> int:
-    config = manager_of(llm).kv_cache_config
-    return plan_of(llm.llm_engine.vllm_config, config).blocks.local
 
 
 # vLLM serves Olmo 3 through transformers' own class, which it changes for good: no formula then.

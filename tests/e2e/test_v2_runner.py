@@ -8,12 +8,11 @@ import pytest
 from engines import (
     GENERATION_PROMPT,
     SOME_HEADS,
-    TESTS,
     answers,
     engine,
     profile_file,
     prompts,
-    run_script,
+    run_v2,
 )
 
 pytestmark = pytest.mark.engine
@@ -21,22 +20,6 @@ pytestmark = pytest.mark.engine
 LENGTHS = [1, 33, 96, 150]
 FULL = {"extra_args": {"kv_policy": "full"}}
 OPTIONS = {"max_model_len": 512, "max_num_batched_tokens": 64, "max_num_seqs": 4}
-
-
-def run_v2(model: Path, job: dict[str, Any], kernels: str) -> dict[str, Any]:
-    """Answers of an engine on the V2 runner, from a process of its own.
-
-    Args:
-        kernels: their form, see `razor_kernels.forms`.
-    """
-    env = {
-        "RAZOR_KERNELS": kernels,
-        "TRITON_INTERPRET": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        # Skips a warm-up whose dummy logits upset the interpreted sampler.
-        "VLLM_CPU_CI_ENV": "1",
-    }
-    return run_script("v2_answers.py", model, job, env, [TESTS / "stubs" / "triton_cpu"])
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,27 @@ read from the environment when vLLM is imported.
 import json
 import sys
 
-from engines import answers, counted_preemptions, engine, hold_chats, manager_of, prompts
+from engines import (
+    answers,
+    counted_drafts,
+    counted_preemptions,
+    engine,
+    hold_chats,
+    local_block_size,
+    manager_of,
+    poison_pages,
+    prompts,
+)
 
 from razor_vllm.pools import attachment_of
 
 
 def main() -> None:
     model, job = sys.argv[1], json.loads(sys.argv[2])
-    preemptions = counted_preemptions()
+    preemptions, accepted = counted_preemptions(), counted_drafts()
     with engine(model, job["razor"], **job["options"]) as llm:
+        if job.get("poison"):
+            poison_pages(llm)
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         module = type(runner.model_runner).__module__
         rounds = [
@@ -28,6 +40,7 @@ def main() -> None:
         pool = manager_of(llm).block_pool
         attached = attachment_of(llm.llm_engine.vllm_config)
         form = type(attached.form).__name__
+        block_size = local_block_size(llm)
         free = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     print(
         "RESULT "
@@ -39,6 +52,8 @@ def main() -> None:
                 "rounds": rounds,
                 "chats": chats,
                 "preemptions": len(preemptions),
+                "accepted": dict(accepted),
+                "block_size": block_size,
             }
         )
     )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +120,28 @@ def test_configurations_that_are_not_covered(
     with pytest.raises(NotImplementedError) as error:
         check_engine(changed)  # type: ignore[arg-type]
     assert found in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "draft", "found"),
+    [
+        ("medusa", "medusa", "speculative decoding by medusa"),
+        ("mtp", "gemma4_mtp", "an MTP model that shares the model's K and V"),
+        ("mtp", "qwen3_next_mtp", None),
+        ("ngram", None, None),
+    ],
+)
+def test_drafts_that_are_not_covered(
+    model_dir: Path, method: str, draft: str | None, found: str | None
+) -> None:
+    """Known before the model is loaded."""
+    real = create(model_dir)
+    changed = SimpleNamespace(**{field: getattr(real, field) for field in CONFIGS})
+    config = draft and SimpleNamespace(hf_config=SimpleNamespace(model_type=draft))
+    changed.speculative_config = SimpleNamespace(method=method, draft_model_config=config)
+    refused = pytest.raises(NotImplementedError, match=found) if found else nullcontext()
+    with refused:
+        check_engine(changed)  # type: ignore[arg-type]
 
 
 @pytest.mark.engine
