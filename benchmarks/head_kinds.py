@@ -223,10 +223,16 @@ class Passage(NamedTuple):
 
 
 class Result(NamedTuple):
-    """right: for every question. nats: a token."""
+    """right: for every question. losses: of every passage, in nats. scored: tokens in it."""
 
     right: list[bool]
-    nats: float
+    losses: list[float]
+    scored: list[int]
+
+    @property
+    def nats(self) -> float:
+        """A token."""
+        return sum(self.losses) / sum(self.scored)
 
 
 def prose(files: Sequence[Path]) -> str:
@@ -346,8 +352,9 @@ class Study:
     ) -> Result:
         """Answers and losses under some kinds."""
         self.attention.kinds = kinds
-        right, losses, scored = [], 0.0, 0
-        for passage in passages:
+        right: list[bool] = []
+        losses, scored = [0.0] * len(passages), [0] * len(passages)
+        for number, passage in enumerate(passages):
             logits = self.logits(passage)
             best = logits.argmax(-1)
             spans = passage.answers or [(passage.scored.start, passage.scored.stop)]
@@ -355,12 +362,12 @@ class Study:
                 target = passage.tokens[first:end]
                 if passage.answers:
                     right.append(bool((best[first - 1 : end - 1] == target).all()))
-                losses += float(
+                losses[number] += float(
                     F.cross_entropy(logits[first - 1 : end - 1], target, reduction="sum")
                 )
-                scored += end - first
+                scored[number] += end - first
             done()
-        return Result(right, losses / scored)
+        return Result(right, losses, scored)
 
     def qkv(self, passage: Passage) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Queries, keys and values by layer, of the full model."""
@@ -504,29 +511,48 @@ def variants(
     return kinds
 
 
-def pairs(
-    base: Sequence[bool], other: Sequence[bool], per_passage: int, seed: int = 0
-) -> dict[str, Any]:
-    """Questions that only one variant answers, and a 95 % interval of the difference of shares.
+def pairs(base: Sequence[Result], other: Sequence[Result], seed: int = 0) -> dict[str, Any]:
+    """How two variants differ on the same passages, with 95 % intervals.
 
-    The interval is a bootstrap over passages, whose questions are not independent.
+    The intervals are a bootstrap over passages, since what is asked of one is not independent.
+
+    Args:
+        base, other: of the questions, the plain texts and the repeated ones.
+
+    Returns:
+        gained, lost: questions that only the other, only the first one answers. interval: of the
+        difference of shares. Of `answer`, `text` and `copy`, the interval of the difference in
+        nats a token.
     """
-    gained = sum(o and not b for b, o in zip(base, other, strict=True))
-    lost = sum(b and not o for b, o in zip(base, other, strict=True))
-    blocks = [
-        sum(
-            o - b
-            for b, o in zip(base[i : i + per_passage], other[i : i + per_passage], strict=True)
-        )
-        for i in range(0, len(base), per_passage)
+    asked, told = base[0].right, other[0].right
+    per_passage = len(asked) // len(base[0].losses)
+    points = [
+        sum(told[at : at + per_passage]) - sum(asked[at : at + per_passage])
+        for at in range(0, len(asked), per_passage)
     ]
-    rng = random.Random(seed)
-    draws = sorted(sum(rng.choices(blocks, k=len(blocks))) / len(base) for _ in range(2000))
     return {
-        "gained": gained,
-        "lost": lost,
-        "interval": [round(draws[49], 4), round(draws[1949], 4)],
+        "gained": sum(t and not a for a, t in zip(asked, told, strict=True)),
+        "lost": sum(a and not t for a, t in zip(asked, told, strict=True)),
+        "interval": interval(points, [per_passage] * len(points), seed),
+        **{
+            f"{name}_nats": interval(
+                [o - b for b, o in zip(first.losses, second.losses, strict=True)],
+                first.scored,
+                seed,
+            )
+            for name, first, second in zip(("answer", "text", "copy"), base, other, strict=True)
+        },
     }
+
+
+def interval(differences: Sequence[float], counts: Sequence[int], seed: int) -> list[float]:
+    """95 % of the mean difference, by a bootstrap over passages."""
+    rng = random.Random(seed)
+    means = sorted(
+        sum(differences[i] for i in drawn) / sum(counts[i] for i in drawn)
+        for drawn in (rng.choices(range(len(counts)), k=len(counts)) for _ in range(2000))
+    )
+    return [round(means[49], 4), round(means[1949], 4)]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -543,13 +569,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     )
     fitted_on = study.tokenizer.encode(prose(args.fit_text))
-    tuning = list(passages_of_text(fitted_on, args.length, HEADS_FITTED_ON, False))
+    tuning = list(passages_of_text(fitted_on, args.fit_length, HEADS_FITTED_ON, False))
     texts = list(passages_of_text(tokens, args.length, args.texts, False))
     copies = list(passages_of_text(tokens, args.length, args.texts, True))
     marks = int(sum(study.is_mark[p.tokens].sum() for p in facts) / len(facts))
     chosen = variants(study, ranked, args.keep, args, marks, tuning)
     rows: list[dict[str, Any]] = []
-    baseline: list[bool] = []
+    baseline: list[Result] = []
     everything = {"full": {}, **chosen}
     with tqdm(total=len(everything) * (len(facts) + len(texts) + len(copies)), unit="pass") as bar:
         for name, kinds in everything.items():
@@ -558,7 +584,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             plain = study.measure(texts, kinds, bar.update)
             second = study.measure(copies, kinds, bar.update)
             if name == "two kinds":
-                baseline = answers.right
+                baseline = [answers, plain, second]
             rows.append(
                 {
                     "variant": name,
@@ -574,7 +600,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 }
             )
             if name not in ("full", "two kinds"):
-                rows[-1]["against_two_kinds"] = pairs(baseline, answers.right, args.facts)
+                rows[-1]["against_two_kinds"] = pairs(baseline, [answers, plain, second])
             tqdm.write(json.dumps(rows[-1]))
     return {
         "device": platform.processor() or platform.machine(),
@@ -617,7 +643,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200, help="to fit a state")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("build/head-kinds.json"))
+    parser.add_argument("--fit-length", type=int, help="of what states are fitted on (--length)")
     args = parser.parse_args(argv)
+    args.fit_length = args.fit_length or args.length
     command = (
         f"python -m benchmarks.head_kinds {shlex.join(sys.argv[1:] if argv is None else argv)}"
     )

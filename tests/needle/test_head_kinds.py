@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from benchmarks import head_kinds
-from benchmarks.head_kinds import SINKS, Kind, attend, equal_window, held, pairs
+from benchmarks.head_kinds import (
+    SINKS,
+    Kind,
+    Result,
+    attend,
+    equal_window,
+    held,
+    interval,
+    pairs,
+)
 
 LENGTH, HEAD_DIM = 60, 8
 
@@ -70,12 +79,28 @@ def test_equal_bytes() -> None:
 
 
 def test_pairs() -> None:
-    """Who gains and who loses; the interval holds the difference."""
-    base, other = [True, True, False, False] * 5, [True, False, True, True] * 5
-    found = pairs(base, other, 4)
+    """Who gains and who loses, and by how much: intervals of answers and of nats a token."""
+
+    def results(right: list[bool], loss: float) -> list[Result]:
+        passages = [Result([], [loss * scored, loss * scored], [scored] * 2) for scored in (7, 9)]
+        return [Result(right, [8.0] * 5, [10] * 5), *passages]
+
+    base = results([True, True, False, False] * 5, 3.0)
+    other = results([True, False, True, True] * 5, 2.5)
+    found = pairs(base, other)
     assert (found["gained"], found["lost"]) == (10, 5)
     assert found["interval"] == [0.25, 0.25]  # every passage gains one of four
-    assert head_kinds.pairs(base, base, 4)["interval"] == [0, 0]
+    assert found["answer_nats"] == [0, 0]
+    assert found["text_nats"] == found["copy_nats"] == [-0.5, -0.5]
+    assert pairs(base, base)["interval"] == [0, 0]
+
+
+def test_interval() -> None:
+    """Passages weigh by their tokens; where they disagree the interval is wide."""
+    low, high = interval([1.0, -1.0, 0.0, 0.0], [10, 10, 10, 10], 0)
+    assert low < 0 < high
+    assert low >= -0.1
+    assert high <= 0.1
 
 
 def test_prose(tmp_path) -> None:
