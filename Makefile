@@ -45,12 +45,12 @@ model-gemma: $(GEMMA)/config.json ## make Gemma 3 270M, a hybrid model, in build
 
 test: $(VENV)/.cpu $(VENV)/.test browser ## run the whole test suite, in two processes; ARGS=... in one: pytest's arguments
 ifeq ($(strip $(ARGS)),)
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-engines test-rest
+	$(MAKE) --no-print-directory --jobs=2 test-engines test-rest
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
-# Half of the suite's time each. A failure in one lets the other one end.
+# Half of the suite's time each; their dots mix. A failure in one lets the other one end.
 test-engines:
 	$(BIN)/python -m pytest tests/e2e
 test-rest:
