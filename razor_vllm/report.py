@@ -22,7 +22,7 @@ _COSTS = {
     "chat": "chat prefill reads later turns through windows: on SmolLM2-135M 82-94 % of full's "
     "right answers were left, with 24 to 35 of 90 heads (docs/quality.md)",
     "windowed": "windowed prefill reads the prompt itself through windows: on SmolLM2-135M 86-93 % "
-    "of full's right answers were left where exact prefill lost none (docs/quality.md)",
+    "of full's right answers were left, where exact prefill left 97-101 % (docs/quality.md)",
 }
 """What a mode was seen to cost on a real model."""
 
